@@ -44,8 +44,8 @@ format: $(READY) ## format and lint notebooks and code, mending what can be mend
 notebooks: $(READY) ## run the notebooks again in place, so that stored outputs are fresh; some: ARGS=nbs/pipeline
 	@$(BIN)/python scripts/notebooks.py $(ARGS)
 
-docs: ## render the site into _docs (needs Quarto)
-	@command -v quarto >/dev/null && $(MAKE) -s setup; scripts/docs.sh $(ARGS)
+docs: $(READY) ## render the site into _docs (needs Quarto)
+	@$(BIN)/python scripts/docs.py
 
 bench: $(READY) ## print the benchmarks beside their baselines
 	@for file in bench/*.py; do $(BIN)/python "$$file" $(ARGS) || exit; done

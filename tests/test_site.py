@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+import docs
 import pytest
 import yaml
 
@@ -118,20 +119,14 @@ def test_notebook_has_title_and_summary(notebook: Path):
 
 
 @each_notebook
-def test_notebook_processes_for_the_site(
-    notebook: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from fastcore.nbio import read_nb
-    from nbdev.processors import FilterDefaults
-    from nbdev.serve_drv import exec_nb
-
+def test_notebook_processes_for_the_site(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("IN_TEST", "1")
     page = tmp_path / notebook.name
-    exec_nb(notebook, page, FilterDefaults)
-    shown = read_nb(page).cells
-    assert shown[0].cell_type == "raw" and "title:" in shown[0].source, (
-        f"{notebook.name}: no title for the site"
-    )
-    failed = [out.evalue for cell in shown for out in cell.get("outputs", []) if out.output_type == "error"]
+    docs.process(notebook, page)
+    shown = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    header = "".join(shown[0]["source"])
+    assert shown[0]["cell_type"] == "raw" and "title:" in header, f"{notebook.name}: no title for the site"
+    outputs = [output for cell in shown for output in cell.get("outputs", [])]
+    failed = [output["evalue"] for output in outputs if output["output_type"] == "error"]
     assert not failed, f"{notebook.relative_to(ROOT)} fails in nbdev's processing: {failed[0]}"
