@@ -3,6 +3,7 @@
 # the stamp. The stamp is written last: whatever was cut short is made anew the next time.
 set -eu
 cd "$(dirname "$0")/.."
+here=$(pwd -P) # as make and venv see it
 say() { printf '\033[1m%s\033[0m\n' "setup: $*" >&2; }
 
 # --- a Python 3.11 that can make environments
@@ -24,7 +25,7 @@ fresh=
 [ -x .venv/bin/python ] && .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null ||
     fresh="${fresh:-there is none that works}"
 [ -z "$fresh" ] && [ "$(.venv/bin/python -c 'import sys; print(sys.prefix)')" -ef .venv ] || fresh="${fresh:-it was moved}"
-grep -qsF "$PWD/.venv" .venv/bin/activate || fresh="${fresh:-it was moved}"
+grep -qsF "$here/.venv" .venv/bin/activate || fresh="${fresh:-it was moved}"
 if [ -n "$fresh" ]; then
     say "making .venv ($fresh)"
     "$python" -m venv --clear .venv
@@ -33,18 +34,18 @@ rm -f .venv/.ready
 touch .venv/.filling
 
 # --- the locked packages
-sed -n '/^uv==/,/[^\\]$/p' requirements/dev.lock >.venv/uv.lock
-if ! .venv/bin/uv --version 2>/dev/null | grep -qF "$(sed -n 's/^uv==\([^ ]*\).*/uv \1/p' .venv/uv.lock)"; then
+sed -n '/^uv==/,/[^\\]$/p' requirements/dev.lock >.venv/uv.txt
+if ! .venv/bin/uv --version 2>/dev/null | grep -qF "$(sed -n 's/^uv==\([^ ]*\).*/uv \1/p' .venv/uv.txt)"; then
     say "installing uv"
-    .venv/bin/python -m pip install --disable-pip-version-check -q --require-hashes --no-deps -r .venv/uv.lock
+    .venv/bin/python -m pip install --disable-pip-version-check -q --require-hashes --no-deps -r .venv/uv.txt
 fi
 say "installing $(grep -c '^[a-z0-9]' requirements/dev.lock) locked packages (the first time takes a few minutes)"
 quiet=--quiet
 [ -t 2 ] && quiet= # a terminal gets uv's progress bars, a log doesn't get 300 lines
-export VIRTUAL_ENV="$PWD/.venv"
+export VIRTUAL_ENV="$here/.venv"
 .venv/bin/uv pip sync $quiet --require-hashes requirements/dev.lock
-.venv/bin/uv pip install $quiet --no-deps --no-build-isolation -e .
 rm -f .venv/.filling
+.venv/bin/uv pip install $quiet --no-deps --no-build-isolation -e .
 
 # --- what a git checkout has besides: hooks, and a merge driver that keeps notebooks whole
 if [ "$(git rev-parse --show-toplevel 2>/dev/null || true)" -ef . ]; then
@@ -67,5 +68,5 @@ if importlib.util.find_spec("titanic_mlops.flow") and importlib.util.find_spec("
     install_kernelspec()
 PYTHON
 
-pwd >.venv/.ready
+echo "$here" >.venv/.ready
 say "ready"
