@@ -27,7 +27,9 @@ CONTRACT_VERSION = "1.0.0"
 Role = Literal["feature", "outcome", "reveals_outcome", "label"]
 
 
-def _column(meaning: str, role: Role = "feature", unit: str = "", may_be_absent: bool = False, **bounds: Any) -> Any:
+def _column(
+    meaning: str, role: Role = "feature", unit: str = "", may_be_absent: bool = False, **bounds: Any
+) -> Any:
     "A pydantic field that also carries role and unit."
     extra = {"role": role, "unit": unit, "may_be_absent": may_be_absent}
     return Field(description=meaning, json_schema_extra=extra, **bounds)
@@ -42,21 +44,17 @@ class Passenger(BaseModel):
         int | None, _column("number in the source, where it has one", "label", may_be_absent=True, ge=0)
     ] = None
     pclass: Annotated[Literal[1, 2, 3], _column("ticket class: 1 upper, 2 middle, 3 steerage")]
-    survived: Annotated[
-        Literal[0, 1] | None, _column("1: lived, 0: died", "outcome", may_be_absent=True)
-    ] = None
-    name: Annotated[
-        str, _column("`Surname, Title. Given names`", min_length=1, max_length=200)
-    ]
+    survived: Annotated[Literal[0, 1] | None, _column("1: lived, 0: died", "outcome", may_be_absent=True)] = (
+        None
+    )
+    name: Annotated[str, _column("`Surname, Title. Given names`", min_length=1, max_length=200)]
     sex: Annotated[Literal["female", "male"], _column("as recorded on the list")]
     age: Annotated[
         float | None, _column("age; fractions below 1, `xx.5` is an estimate", unit="years", ge=0, le=110)
     ] = None
     sibsp: Annotated[int, _column("siblings and spouses aboard", unit="persons", ge=0, le=20)]
     parch: Annotated[int, _column("parents and children aboard", unit="persons", ge=0, le=20)]
-    ticket: Annotated[
-        str, _column("ticket number; families share one", "label", min_length=1, max_length=40)
-    ]
+    ticket: Annotated[str, _column("ticket number; families share one", "label", min_length=1, max_length=40)]
     fare: Annotated[
         float | None, _column("price of the ticket, not of one person", unit="pounds of 1912", ge=0, le=1000)
     ] = None
@@ -64,11 +62,12 @@ class Passenger(BaseModel):
     embarked: Annotated[
         Literal["C", "Q", "S"] | None, _column("port: Cherbourg, Queenstown, Southampton")
     ] = None
-    boat: Annotated[
-        str | None, _column("lifeboat", "reveals_outcome", may_be_absent=True, max_length=40)
-    ] = None
+    boat: Annotated[str | None, _column("lifeboat", "reveals_outcome", may_be_absent=True, max_length=40)] = (
+        None
+    )
     body: Annotated[
-        int | None, _column("number of the recovered body", "reveals_outcome", may_be_absent=True, ge=1, le=400)
+        int | None,
+        _column("number of the recovered body", "reveals_outcome", may_be_absent=True, ge=1, le=400),
     ] = None
     home_dest: Annotated[
         str | None, _column("home or destination", "label", may_be_absent=True, max_length=200)
@@ -125,8 +124,17 @@ def columns(
                     bounds[key] = getattr(rule, attribute)
         extra = field.json_schema_extra
         found.append(
-            Column(name, kind, nullable, extra["may_be_absent"], extra["role"], field.description or "",
-                   extra["unit"], choices=choices, **bounds)
+            Column(
+                name,
+                kind,
+                nullable,
+                extra["may_be_absent"],
+                extra["role"],
+                field.description or "",
+                extra["unit"],
+                choices=choices,
+                **bounds,
+            )
         )
     return tuple(found)
 
@@ -191,7 +199,9 @@ class Unique:
 
 ROW_RULES: tuple[Implies | Unique, ...] = (
     Implies("body_of_the_dead", "survived", 1, "body", "a body was recovered only of one who died"),
-    Unique("one_row_each", ("name", "ticket"), "the same passenger twice would count twice, and leak over splits"),
+    Unique(
+        "one_row_each", ("name", "ticket"), "the same passenger twice would count twice, and leak over splits"
+    ),
 )
 
 # %% ../../nbs/02_data/01_contract.ipynb #db3152c6
@@ -217,10 +227,16 @@ class TableRule:
 TABLE_RULES: tuple[TableRule, ...] = (
     TableRule("enough_rows", "rows", low=100, why="fewer rows can't be split into folds that mean anything"),
     TableRule("both_outcomes", "distinct", "survived", 2, 2, True, "a model needs to see both outcomes"),
-    TableRule("plausible_survival", "mean", "survived", 0.15, 0.75, True, "far from any subset of the real list"),
+    TableRule(
+        "plausible_survival", "mean", "survived", 0.15, 0.75, True, "far from any subset of the real list"
+    ),
     TableRule("ages_known", "missing_share", "age", high=0.5, why="a median for most is no age"),
-    TableRule("fares_known", "missing_share", "fare", high=0.2, why="only one fare is missing in the real list"),
-    TableRule("ports_known", "missing_share", "embarked", high=0.2, why="two ports are missing in the real list"),
+    TableRule(
+        "fares_known", "missing_share", "fare", high=0.2, why="only one fare is missing in the real list"
+    ),
+    TableRule(
+        "ports_known", "missing_share", "embarked", high=0.2, why="two ports are missing in the real list"
+    ),
 )
 
 # %% ../../nbs/02_data/01_contract.ipynb #1a3e5c4f
@@ -268,7 +284,8 @@ def _pandera_row_rule(rule: Implies | Unique) -> Any:
 
     if isinstance(rule, Implies):
         return pa.Check(
-            lambda df: ~((df[rule.column] == rule.value).fillna(False) & df[rule.missing].notna()), error=rule.text
+            lambda df: ~((df[rule.column] == rule.value).fillna(False) & df[rule.missing].notna()),
+            error=rule.text,
         )
     return pa.Check(lambda df: ~df.duplicated(list(rule.columns)), error=rule.text)
 
@@ -302,7 +319,9 @@ def _column_expectations(column: Column, gxe: Any) -> list[Any]:
         found.append(gxe.ExpectColumnValuesToBeBetween(min_value=column.low, max_value=column.high, **of))
     if column.max_length is not None:
         found.append(
-            gxe.ExpectColumnValueLengthsToBeBetween(min_value=column.min_length or 0, max_value=column.max_length, **of)
+            gxe.ExpectColumnValueLengthsToBeBetween(
+                min_value=column.min_length or 0, max_value=column.max_length, **of
+            )
         )
     return found
 
@@ -311,7 +330,10 @@ def _row_expectation(rule: Implies | Unique, gxe: Any) -> Any:
     if isinstance(rule, Unique):
         return gxe.ExpectCompoundColumnsToBeUnique(column_list=list(rule.columns), notes=rule.why)
     return gxe.ExpectColumnValuesToBeNull(
-        column=rule.missing, row_condition=f"{rule.column} == {rule.value!r}", condition_parser="pandas", notes=rule.why
+        column=rule.missing,
+        row_condition=f"{rule.column} == {rule.value!r}",
+        condition_parser="pandas",
+        notes=rule.why,
     )
 
 
@@ -321,7 +343,11 @@ def _table_expectation(rule: TableRule, gxe: Any) -> Any:
         return gxe.ExpectTableRowCountToBeBetween(min_value=int(rule.low), max_value=high, notes=rule.why)
     if rule.measure == "missing_share":
         return gxe.ExpectColumnValuesToNotBeNull(column=rule.column, mostly=1 - rule.high, notes=rule.why)
-    kind = gxe.ExpectColumnUniqueValueCountToBeBetween if rule.measure == "distinct" else gxe.ExpectColumnMeanToBeBetween
+    kind = (
+        gxe.ExpectColumnUniqueValueCountToBeBetween
+        if rule.measure == "distinct"
+        else gxe.ExpectColumnMeanToBeBetween
+    )
     return kind(column=rule.column, min_value=rule.low, max_value=high, notes=rule.why)
 
 # %% ../../nbs/02_data/01_contract.ipynb #dc99157c
@@ -344,10 +370,15 @@ def expectation_suite(
 # %% ../../nbs/02_data/01_contract.ipynb #63ae4217
 def data_dictionary() -> str:
     "The contract as a Markdown table."
-    lines = ["| column | type | unit | may be missing | role | rule | meaning |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| column | type | unit | may be missing | role | rule | meaning |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for c in columns():
         missing = "yes" if c.nullable else "no"
-        lines.append(f"| `{c.name}` | {c.kind} | {c.unit} | {missing} | {c.role} | {rule_text(c)} | {c.meaning} |")
+        lines.append(
+            f"| `{c.name}` | {c.kind} | {c.unit} | {missing} | {c.role} | {rule_text(c)} | {c.meaning} |"
+        )
     lines += ["", "| rule | says | because |", "|---|---|---|"]
     lines += [f"| {r.name} | {r.text} | {r.why} |" for r in (*ROW_RULES, *TABLE_RULES)]
     return "\n".join(lines)

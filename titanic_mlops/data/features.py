@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/02_data/04_features.ipynb #01cc4a0a
 _TITLE = re.compile(r",\s*(?:the\s+)?([^.,]+?)\s*\.", re.IGNORECASE)
-_SAME_TITLE = {"mlle": "Miss", "ms": "Miss", "miss": "Miss", "mme": "Mrs", "mrs": "Mrs", "mr": "Mr", "master": "Master"}
+_SAME_TITLE = {
+    "mlle": "Miss",
+    "ms": "Miss",
+    "miss": "Miss",
+    "mme": "Mrs",
+    "mrs": "Mrs",
+    "mr": "Mr",
+    "master": "Master",
+}
 
 
 def title(
@@ -92,4 +100,6 @@ def feature_frame(
                 row[key] = None
     columns = (*NUMERIC, *CATEGORICAL, *DOUBTFUL)
     derived = pd.DataFrame([features(row) for row in rows], columns=list(columns), index=passengers.index)
-    return derived.astype({name: float for name in NUMERIC} | {name: object for name in (*CATEGORICAL, *DOUBTFUL)})
+    return derived.astype(
+        {name: float for name in NUMERIC} | {name: object for name in (*CATEGORICAL, *DOUBTFUL)}
+    )

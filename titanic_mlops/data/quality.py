@@ -41,7 +41,9 @@ def check_rows(
         return pd.DataFrame(columns=["index", "column", "value", "rule"])
     if cases["index"].isna().any():  # about the frame, not about a row: a column or a dtype is wrong
         first = cases[cases["index"].isna()].iloc[0]
-        raise ContractError(f"column {first['failure_case']}: {first['check']}", rule="the columns of the contract")
+        raise ContractError(
+            f"column {first['failure_case']}: {first['check']}", rule="the columns of the contract"
+        )
     texts = {c.name: rule_text(c) for c in columns()}
     wide = cases["schema_context"] == "DataFrameSchema"
     rule = cases["check"].where(cases["check"] != "not_nullable", cases["column"].map(texts))
@@ -74,7 +76,9 @@ def check_table(
     results = []
     for rule in applicable(frame.columns):
         observed = measure(rule, frame) if len(frame) or rule.measure == "rows" else float("nan")
-        results.append(TableResult(rule.name, rule.text, observed, rule.low <= observed <= rule.high, rule.why))
+        results.append(
+            TableResult(rule.name, rule.text, observed, rule.low <= observed <= rule.high, rule.why)
+        )
     return results
 
 # %% ../../nbs/02_data/03_quality.ipynb #637b5f5e
@@ -124,11 +128,17 @@ class Verdict:
         return self
 
     def _repr_markdown_(self) -> str:
-        lines = [f"**Data gate {'passed' if self.passed else 'NOT passed'}**: {self.read} rows read, "
-                 f"{len(self.accepted)} accepted, {self.set_aside} set aside "
-                 f"({self.share:.2%}, at most {self.max_quarantined:.0%} allowed).", "",
-                 "| rule | says | observed | |", "|---|---|---|---|"]
-        lines += [f"| {t.name} | {t.rule} | {t.observed:.4g} | {'✓' if t.passed else '✗'} |" for t in self.table]
+        lines = [
+            f"**Data gate {'passed' if self.passed else 'NOT passed'}**: {self.read} rows read, "
+            f"{len(self.accepted)} accepted, {self.set_aside} set aside "
+            f"({self.share:.2%}, at most {self.max_quarantined:.0%} allowed).",
+            "",
+            "| rule | says | observed | |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {t.name} | {t.rule} | {t.observed:.4g} | {'✓' if t.passed else '✗'} |" for t in self.table
+        ]
         return "\n".join(lines)
 
 # %% ../../nbs/02_data/03_quality.ipynb #944370bc
@@ -163,7 +173,9 @@ def judge(
     return Verdict(
         accepted=accepted,
         origin=origin[keep].reset_index(drop=True),
-        quarantined=quarantined.sort_values(["source", "line", "column"], kind="stable").reset_index(drop=True),
+        quarantined=quarantined.sort_values(["source", "line", "column"], kind="stable").reset_index(
+            drop=True
+        ),
         table=check_table(accepted),
         read=len(frame) + untyped,
         set_aside=int((~keep).sum()) + untyped,
@@ -206,4 +218,9 @@ def data_docs(
     result = next(iter(context.checkpoints.add(checkpoint).run({"dataframe": frame}).run_results.values()))
     met = sum(r.success for r in result.results)
     failed = [r.expectation_config.type for r in result.results if not r.success]
-    return {"success": bool(result.success), "met": met, "expectations": len(result.results), "failed": failed}
+    return {
+        "success": bool(result.success),
+        "met": met,
+        "expectations": len(result.results),
+        "failed": failed,
+    }

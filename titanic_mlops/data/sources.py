@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .contract import Column, columns, rule_text
 from ..ground.errors import ContractError, SourceError, nearest
@@ -44,16 +44,29 @@ def _embedded() -> bytes:
 
     content = (files("titanic_mlops") / "data" / "titanic.csv").read_bytes()
     if digest(content) != PROVENANCE["sha256"]:
-        raise SourceError("the embedded passenger list was changed", where="titanic_mlops/data/titanic.csv",
-                          rule=f"its SHA-256 is {PROVENANCE['sha256']}", do="install the package again")
+        raise SourceError(
+            "the embedded passenger list was changed",
+            where="titanic_mlops/data/titanic.csv",
+            rule=f"its SHA-256 is {PROVENANCE['sha256']}",
+            do="install the package again",
+        )
     return content
 
 # %% ../../nbs/02_data/02_sources.ipynb #2c259a8d
 LAYOUTS: dict[str, dict[str, str]] = {  # name in the file -> name in the contract
     "titanic3": {c.name: c.name for c in columns()} | {"home.dest": "home_dest"},
     "kaggle": {
-        "PassengerId": "passenger_id", "Survived": "survived", "Pclass": "pclass", "Name": "name", "Sex": "sex",
-        "Age": "age", "SibSp": "sibsp", "Parch": "parch", "Ticket": "ticket", "Fare": "fare", "Cabin": "cabin",
+        "PassengerId": "passenger_id",
+        "Survived": "survived",
+        "Pclass": "pclass",
+        "Name": "name",
+        "Sex": "sex",
+        "Age": "age",
+        "SibSp": "sibsp",
+        "Parch": "parch",
+        "Ticket": "ticket",
+        "Fare": "fare",
+        "Cabin": "cabin",
         "Embarked": "embarked",
     },
 }
@@ -68,22 +81,42 @@ def match_layout(
     layout = max(LAYOUTS, key=lambda name: len(set(header) & set(LAYOUTS[name])))
     known = LAYOUTS[layout]
     if not set(header) & set(known):
-        raise ContractError("no column of a passenger list", where=f"{where}, header {', '.join(header)[:200]!r}",
-                            rule=f"columns: {', '.join(list(LAYOUTS['titanic3'])[1:14])}", do="check that the first line is a header")
+        raise ContractError(
+            "no column of a passenger list",
+            where=f"{where}, header {', '.join(header)[:200]!r}",
+            rule=f"columns: {', '.join(list(LAYOUTS['titanic3'])[1:14])}",
+            do="check that the first line is a header",
+        )
     targets = [known.get(name, name) for name in header]
     for number, name in enumerate(header):
         if name not in known:
-            what = "a column without a name" if not name or name.startswith("Unnamed:") else f"an unknown column {name!r}"
-            raise ContractError(what, where=f"{where}, column {number + 1}",
-                                rule=f"layout {layout}: {', '.join(known)}", do=f"{nearest(name, known)} Otherwise drop it" if name else "drop it")
+            what = (
+                "a column without a name"
+                if not name or name.startswith("Unnamed:")
+                else f"an unknown column {name!r}"
+            )
+            raise ContractError(
+                what,
+                where=f"{where}, column {number + 1}",
+                rule=f"layout {layout}: {', '.join(known)}",
+                do=f"{nearest(name, known)} Otherwise drop it" if name else "drop it",
+            )
         if targets.index(targets[number]) != number:
-            raise ContractError(f"column {name!r} is there twice", where=f"{where}, column {number + 1}", do="drop one of them")
+            raise ContractError(
+                f"column {name!r} is there twice",
+                where=f"{where}, column {number + 1}",
+                do="drop one of them",
+            )
     for column in columns():
         needed = not column.may_be_absent or (outcome and column.role == "outcome")
         if needed and column.name not in targets:
             wanted = next(k for k, v in known.items() if v == column.name)
-            raise ContractError(f"column {wanted!r} is missing", where=where, rule=f"{column.name}: {column.meaning}",
-                                do="add the column" + (" (training needs the outcome)" if column.role == "outcome" else ""))
+            raise ContractError(
+                f"column {wanted!r} is missing",
+                where=where,
+                rule=f"{column.name}: {column.meaning}",
+                do="add the column" + (" (training needs the outcome)" if column.role == "outcome" else ""),
+            )
     return layout, {name: known[name] for name in header}
 
 # %% ../../nbs/02_data/02_sources.ipynb #2b517272
@@ -95,7 +128,11 @@ def _typed(column: Column, raw: "pd.Series") -> tuple["pd.Series", "pd.Series"]:
     import numpy as np
     import pandas as pd
 
-    text = raw.map(lambda v: v.strip() if isinstance(v, str) else v) if raw.dtype == object or raw.dtype == "str" else raw
+    text = (
+        raw.map(lambda v: v.strip() if isinstance(v, str) else v)
+        if raw.dtype == object or raw.dtype == "str"
+        else raw
+    )
     missing = text.isna() | text.isin(MISSING_MARKERS)
     if column.kind == "str":
         whole = lambda v: str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
@@ -125,8 +162,10 @@ class Rows:
 
     def _repr_markdown_(self) -> str:
         untyped = len(self.rejected[["source", "line"]].drop_duplicates())
-        return (f"**{len(self.frame)} rows** in layout {self.layout}, {len(self.frame.columns)} columns, from "
-                f"{self.origin['source'].nunique()} source(s); {untyped} rows could not be typed.")
+        return (
+            f"**{len(self.frame)} rows** in layout {self.layout}, {len(self.frame.columns)} columns, from "
+            f"{self.origin['source'].nunique()} source(s); {untyped} rows could not be typed."
+        )
 
 
 @dataclass(frozen=True)
@@ -145,12 +184,31 @@ def _rejections(table: _Table, wrong: dict[Column, "pd.Series"], names: list[str
 
     found = []
     for line, fields in table.ragged:
-        found.append((table.source, line, "", "", f"{len(names)} fields", f"{len(names)} fields expected, {len(fields)} found", json.dumps(fields)))
+        found.append(
+            (
+                table.source,
+                line,
+                "",
+                "",
+                f"{len(names)} fields",
+                f"{len(names)} fields expected, {len(fields)} found",
+                json.dumps(fields),
+            )
+        )
     for column, mask in wrong.items():
         for row in mask[mask].index:
             record = {name: str(value) for name, value in table.cells.loc[row].items()}
-            found.append((table.source, table.lines[row], column.name, record[column.name], rule_text(column),
-                          f"not {'an integer' if column.kind == 'int' else 'a number'}", json.dumps(record, ensure_ascii=False)))
+            found.append(
+                (
+                    table.source,
+                    table.lines[row],
+                    column.name,
+                    record[column.name],
+                    rule_text(column),
+                    f"not {'an integer' if column.kind == 'int' else 'a number'}",
+                    json.dumps(record, ensure_ascii=False),
+                )
+            )
     frame = pd.DataFrame(found, columns=list(REJECTED_COLUMNS))
     return frame.astype({"line": "int64"}).sort_values(["line", "column"], kind="stable", ignore_index=True)
 
@@ -168,26 +226,44 @@ def _to_rows(table: _Table, outcome: bool) -> Rows:
             wrong[column] = mask
     frame = pd.DataFrame(typed, index=cells.index)
     keep = ~pd.DataFrame(wrong).any(axis=1) if wrong else pd.Series(True, index=cells.index)
-    origin = pd.DataFrame({"source": table.source, "line": pd.array(table.lines, dtype="int64")}, index=cells.index)
-    return Rows(frame[keep].reset_index(drop=True), origin[keep].reset_index(drop=True), _rejections(table, wrong, list(names)), layout)
+    origin = pd.DataFrame(
+        {"source": table.source, "line": pd.array(table.lines, dtype="int64")}, index=cells.index
+    )
+    return Rows(
+        frame[keep].reset_index(drop=True),
+        origin[keep].reset_index(drop=True),
+        _rejections(table, wrong, list(names)),
+        layout,
+    )
 
 # %% ../../nbs/02_data/02_sources.ipynb #c7fb981a
 def _text(content: bytes, source: str) -> str:
     "Decode a text file; say what it is when it is none."
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise SourceError("the file is UTF-16", where=source, rule="text files are UTF-8", do="save it as UTF-8 and try again")
+        raise SourceError(
+            "the file is UTF-16",
+            where=source,
+            rule="text files are UTF-8",
+            do="save it as UTF-8 and try again",
+        )
     if content.startswith(b"version https://git-lfs"):
         raise SourceError("this is a Git LFS pointer, not the file", where=source, do="git lfs pull")
     if b"\x00" in content[:65536]:
-        raise SourceError("this is a binary file, not CSV or Parquet", where=f"{source}, byte {content.index(0)}",
-                          rule="a source is CSV (UTF-8 text) or Parquet", do="export it as CSV or Parquet")
+        raise SourceError(
+            "this is a binary file, not CSV or Parquet",
+            where=f"{source}, byte {content.index(0)}",
+            rule="a source is CSV (UTF-8 text) or Parquet",
+            do="export it as CSV or Parquet",
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise SourceError(
-            f"the file is not UTF-8: byte 0x{content[error.start]:02x}", where=f"{source}, line {line}, byte {error.start}",
-            rule="text files are UTF-8", do="save it as UTF-8, for instance: iconv -f latin1 -t utf-8",
+            f"the file is not UTF-8: byte 0x{content[error.start]:02x}",
+            where=f"{source}, line {line}, byte {error.start}",
+            rule="text files are UTF-8",
+            do="save it as UTF-8, for instance: iconv -f latin1 -t utf-8",
         ) from None
 
 
@@ -213,10 +289,18 @@ def _read_csv(content: bytes, source: str) -> _Table:
             else:
                 ragged.append((at, record))
     except csv.Error as error:
-        raise SourceError(f"the CSV can't be read: {error}", where=f"{source}, line {begin}",
-                          rule="quotes are closed, and doubled inside a quoted field", do="mend the line") from None
+        raise SourceError(
+            f"the CSV can't be read: {error}",
+            where=f"{source}, line {begin}",
+            rule="quotes are closed, and doubled inside a quoted field",
+            do="mend the line",
+        ) from None
     if not records and not ragged:
-        raise SourceError("the file holds no rows" if header else "the file is empty", where=source, do="check where it comes from")
+        raise SourceError(
+            "the file holds no rows" if header else "the file is empty",
+            where=source,
+            do="check where it comes from",
+        )
     cells = pd.DataFrame(records, columns=range(len(header)), dtype=object)
     return _Table(source, header, cells, lines, ragged)
 
@@ -228,8 +312,12 @@ def _read_parquet(content: bytes, source: str) -> _Table:
     try:
         table = pq.read_table(io.BytesIO(content))
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"the Parquet file can't be read: {str(error).splitlines()[0]}", where=source,
-                          rule="a Parquet file is complete, footer included", do="it may be truncated: copy it again") from None
+        raise SourceError(
+            f"the Parquet file can't be read: {str(error).splitlines()[0]}",
+            where=source,
+            rule="a Parquet file is complete, footer included",
+            do="it may be truncated: copy it again",
+        ) from None
     header = [str(name) for name in table.column_names if name != "__index_level_0__"]
     if not table.num_rows:
         raise SourceError("the file holds no rows", where=source, do="check where it comes from")
@@ -244,12 +332,18 @@ def _read_bytes(content: bytes, source: str) -> _Table:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError) as error:
-            raise SourceError(f"the gzip file can't be read: {error}", where=source, do="it may be truncated: copy it again") from None
+            raise SourceError(
+                f"the gzip file can't be read: {error}", where=source, do="it may be truncated: copy it again"
+            ) from None
     return _read_parquet(content, source) if content[:4] == b"PAR1" else _read_csv(content, source)
 
 # %% ../../nbs/02_data/02_sources.ipynb #d6684da3
 def _local_files(address: str) -> Iterator[tuple[str, bytes]]:
-    found = sorted(glob.glob(address, recursive=True)) if glob.has_magic(address) and not Path(address).exists() else [address]
+    found = (
+        sorted(glob.glob(address, recursive=True))
+        if glob.has_magic(address) and not Path(address).exists()
+        else [address]
+    )
     if not found:
         raise SourceError("no file fits the pattern", where=address, do="check the folder and the ending")
     for name in found:
@@ -258,11 +352,15 @@ def _local_files(address: str) -> Iterator[tuple[str, bytes]]:
             raise SourceError("this is a folder", where=name, do=f"name its files: {name.rstrip('/')}/*.csv")
         if not path.exists():
             beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise SourceError("no such file", where=name, do=nearest(path.name, beside) if beside else "check the folder")
+            raise SourceError(
+                "no such file", where=name, do=nearest(path.name, beside) if beside else "check the folder"
+            )
         try:
             yield name, path.read_bytes()
         except PermissionError:
-            raise SourceError("no permission to read the file", where=name, do="change its permissions") from None
+            raise SourceError(
+                "no permission to read the file", where=name, do="change its permissions"
+            ) from None
 
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}
@@ -283,16 +381,25 @@ def _remote_files(address: str) -> Iterator[tuple[str, bytes]]:
         raise
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
-        raise SourceError(f"{protocol}:// needs another package: {error}", where=address,
-                          do=f"pip install 'titanic-mlops[{extra}]'" if extra else "see fsspec's documentation") from None
+        raise SourceError(
+            f"{protocol}:// needs another package: {error}",
+            where=address,
+            do=f"pip install 'titanic-mlops[{extra}]'" if extra else "see fsspec's documentation",
+        ) from None
     except ValueError as error:
-        raise SourceError(f"the address is not understood: {error}", where=address,
-                          rule="a path, a glob, s3://, gs://, https:// or openml:ID") from None
+        raise SourceError(
+            f"the address is not understood: {error}",
+            where=address,
+            rule="a path, a glob, s3://, gs://, https:// or openml:ID",
+        ) from None
     except FileNotFoundError:
         raise SourceError("nothing is there (not found)", where=address, do="check the address") from None
     except Exception as error:  # each protocol has errors of its own
-        raise SourceError(f"it can't be fetched: {type(error).__name__}: {str(error)[:200]}", where=address,
-                          do="check the address, the network and your credentials") from None
+        raise SourceError(
+            f"it can't be fetched: {type(error).__name__}: {str(error)[:200]}",
+            where=address,
+            do="check the address, the network and your credentials",
+        ) from None
 
 # %% ../../nbs/02_data/02_sources.ipynb #c23338ce
 def _get(url: str, timeout: float = 10.0) -> bytes:
@@ -305,10 +412,16 @@ def _get(url: str, timeout: float = 10.0) -> bytes:
     except urllib.error.HTTPError as error:
         said = error.read()[:300].decode(errors="replace")
         unknown = error.code in (404, 412)
-        raise SourceError("there is no such data set" if unknown else f"the server answers {error.code}", where=url,
-                          rule=said.strip().replace("\n", " "), do="check the id on the OpenML site" if unknown else "try again later") from None
+        raise SourceError(
+            "there is no such data set" if unknown else f"the server answers {error.code}",
+            where=url,
+            rule=said.strip().replace("\n", " "),
+            do="check the id on the OpenML site" if unknown else "try again later",
+        ) from None
     except (OSError, ValueError) as error:
-        raise SourceError(f"the server can't be reached: {error}", where=url, do="check the network, or TITANIC_OPENML_URL") from None
+        raise SourceError(
+            f"the server can't be reached: {error}", where=url, do="check the network, or TITANIC_OPENML_URL"
+        ) from None
 
 
 def _read_arff(content: bytes, source: str) -> _Table:
@@ -318,7 +431,9 @@ def _read_arff(content: bytes, source: str) -> _Table:
     try:
         said = arff.loads(_text(content, source))
     except arff.ArffException as error:
-        raise SourceError(f"the ARFF file can't be read: {error}", where=source, do="try the data set's CSV or Parquet") from None
+        raise SourceError(
+            f"the ARFF file can't be read: {error}", where=source, do="try the data set's CSV or Parquet"
+        ) from None
     cells = pd.DataFrame(said["data"], columns=range(len(said["attributes"])), dtype=object)
     return _Table(source, [name for name, _ in said["attributes"]], cells, list(range(1, len(cells) + 1)), [])
 
@@ -327,14 +442,18 @@ def _read_openml(address: str) -> _Table:
     "`openml:40945`, or `openml:40945@http://server`."
     match = re.fullmatch(r"openml:(?://)?(\d+)(?:@(https?://.+))?", address)
     if not match:
-        raise SourceError("the OpenML address is not understood", where=address, rule="openml:ID, such as openml:40945")
+        raise SourceError(
+            "the OpenML address is not understood", where=address, rule="openml:ID, such as openml:40945"
+        )
     base = (match[2] or settings().openml_url).rstrip("/")
     url = f"{base}/api/v1/json/data/{match[1]}"
     try:
         said = json.loads(_get(url))["data_set_description"]
         parquet, plain = said.get("parquet_url"), said["url"]
     except (ValueError, KeyError, TypeError):
-        raise SourceError("the server's description is not understood", where=url, rule="OpenML's JSON API") from None
+        raise SourceError(
+            "the server's description is not understood", where=url, rule="OpenML's JSON API"
+        ) from None
     if parquet:
         try:
             return _read_parquet(_get(parquet), address)
@@ -343,8 +462,12 @@ def _read_openml(address: str) -> _Table:
     content = _get(plain)
     checksum = said.get("md5_checksum")
     if checksum and hashlib.md5(content).hexdigest() != checksum:
-        raise SourceError("the file is not the one that OpenML describes", where=plain, rule=f"its MD5 is {checksum}",
-                          do="try again; if it persists, the data set was changed")
+        raise SourceError(
+            "the file is not the one that OpenML describes",
+            where=plain,
+            rule=f"its MD5 is {checksum}",
+            do="try again; if it persists, the data set was changed",
+        )
     return _read_arff(content, address)
 
 # %% ../../nbs/02_data/02_sources.ipynb #d442b129
@@ -377,8 +500,12 @@ def read(
     )
     if not len(rows.frame):
         first = rows.rejected.iloc[0]
-        raise ContractError("no row could be typed", where=f"{first['source']}, line {first['line']}, column {first['column']}, value {first['value']!r}",
-                            rule=first["rule"], do="check the delimiter and the columns")
+        raise ContractError(
+            "no row could be typed",
+            where=f"{first['source']}, line {first['line']}, column {first['column']}, value {first['value']!r}",
+            rule=first["rule"],
+            do="check the delimiter and the columns",
+        )
     return rows
 
 # %% ../../nbs/02_data/02_sources.ipynb #e107efac
@@ -415,7 +542,13 @@ def snapshot(
     table = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None)
     target = io.BytesIO()
     pq.write_table(table, target, compression="zstd")
-    return Snapshot(f"titanic-{sha256[:16]}", sha256, len(rows), tuple(rows.columns), artifacts.put(target.getvalue(), ".parquet"))
+    return Snapshot(
+        f"titanic-{sha256[:16]}",
+        sha256,
+        len(rows),
+        tuple(rows.columns),
+        artifacts.put(target.getvalue(), ".parquet"),
+    )
 
 
 def load_snapshot(

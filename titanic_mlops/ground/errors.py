@@ -78,7 +78,10 @@ def nearest(
 _OS_REMEDIES = {
     errno.ENOSPC: ("the disk is full", "free some space, or point TITANIC_STORE at a larger disk"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or point TITANIC_STORE elsewhere"),
-    errno.EFBIG: ("a file grew past the allowed size", "raise the limit (ulimit -f), or point TITANIC_STORE elsewhere"),
+    errno.EFBIG: (
+        "a file grew past the allowed size",
+        "raise the limit (ulimit -f), or point TITANIC_STORE elsewhere",
+    ),
     errno.EACCES: ("no permission", "change the permissions, or point TITANIC_STORE at a folder of yours"),
     errno.EPERM: ("not permitted", "change the permissions, or point TITANIC_STORE at a folder of yours"),
     errno.EROFS: ("the file system is read-only", "point TITANIC_STORE at a folder that can be written"),

@@ -74,7 +74,9 @@ class Settings(BaseSettings):
     openml_url: Annotated[str, Field(description="address of the OpenML API")] = "https://www.openml.org"
     workers: Annotated[int, Field(ge=1, le=64, description="steps that run side by side")] = 2
     kernel: Annotated[str, Field(description="Jupyter kernel of the steps; empty: the best there is")] = ""
-    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="least severity logged")] = "info"
+    log_level: Annotated[
+        str, Field(pattern="^(debug|info|warning|error)$", description="least severity logged")
+    ] = "info"
 
     @classmethod
     def settings_customise_sources(
@@ -96,7 +98,7 @@ class Settings(BaseSettings):
         "These settings as `TITANIC_*` variables, for processes that are started from this one."
         return {f"TITANIC_{k.upper()}": str(v) for k, v in self.model_dump().items()}
 
-# %% ../../nbs/01_ground/02_settings.ipynb #ddd50499
+# %% ../../nbs/01_ground/02_settings.ipynb #20b6b199
 def _unknown_variables() -> None:
     known = {f"TITANIC_{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
     for name in os.environ:
@@ -107,7 +109,14 @@ def _unknown_variables() -> None:
 
 
 # Variables of single modules, which are no settings of the whole system.
-_OTHER_VARIABLES = {"TITANIC_STEP", "TITANIC_WARM", "TITANIC_WARM_IDLE", "TITANIC_WARM_PRELOAD", "TITANIC_AUTO_INSTALL"}
+_OTHER_VARIABLES = {
+    "TITANIC_STEP",
+    "TITANIC_WARM",
+    "TITANIC_WARM_IDLE",
+    "TITANIC_WARM_PRELOAD",
+    "TITANIC_AUTO_INSTALL",
+    "TITANIC_BUCKET",
+}
 
 
 def settings(
@@ -121,7 +130,9 @@ def settings(
         first = error.errors()[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise SettingsError(f"unknown setting {name!r}", do=nearest(name, Settings.model_fields)) from None
+            raise SettingsError(
+                f"unknown setting {name!r}", do=nearest(name, Settings.model_fields)
+            ) from None
         raise SettingsError(
             f"setting {name} is {first['input']!r}: {first['msg'].lower()}",
             where=f"TITANIC_{name.upper()}, settings.ini or the profile",
