@@ -1,1 +1,28 @@
+"""The Titanic, end to end: a production-grade ML system written in notebooks.
+
+Modules are imported when they are first used: `from titanic_mlops import contract, sources`.
+"""
+
 __version__ = "0.1.0"
+
+MODULES = {
+    **dict.fromkeys(("errors", "settings", "logs", "store"), "ground"),
+    **dict.fromkeys(("contract", "sources", "quality", "features"), "data"),
+    **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
+    **dict.fromkeys(
+        ("kernels", "configuration", "workbench", "steps", "pipeline", "services", "reporting"), "flow"
+    ),
+    **dict.fromkeys(("cli",), "face"),
+}
+
+
+def __getattr__(name: str):
+    if name in MODULES:
+        from importlib import import_module
+
+        return import_module(f"titanic_mlops.{MODULES[name]}.{name}")
+    raise AttributeError(f"module 'titanic_mlops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *MODULES])

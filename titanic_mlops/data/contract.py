@@ -219,9 +219,13 @@ class TableRule:
 
     @property
     def text(self) -> str:
-        of = f" of {self.column}" if self.column else ""
-        upper = "" if self.high == float("inf") else f" <= {self.high:g}"
-        return f"{self.low:g} <= {self.measure}{of}{upper}"
+        called = {"distinct": "distinct values", "missing_share": "missing share"}
+        what = called.get(self.measure, self.measure) + (f" of {self.column}" if self.column else "")
+        if self.low == self.high:
+            return f"{what} = {self.low:g}"
+        if self.high == float("inf"):
+            return f"{what} >= {self.low:g}"
+        return f"{what} <= {self.high:g}" if not self.low else f"{self.low:g} <= {what} <= {self.high:g}"
 
 
 TABLE_RULES: tuple[TableRule, ...] = (

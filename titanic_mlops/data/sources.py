@@ -71,7 +71,7 @@ LAYOUTS: dict[str, dict[str, str]] = {  # name in the file -> name in the contra
     },
 }
 
-
+# %% ../../nbs/02_data/02_sources.ipynb #8d17f3e2
 def match_layout(
     header: list[str],  # names in the file
     where: str,  # the file, for messages
@@ -266,7 +266,7 @@ def _text(content: bytes, source: str) -> str:
             do="save it as UTF-8, for instance: iconv -f latin1 -t utf-8",
         ) from None
 
-
+# %% ../../nbs/02_data/02_sources.ipynb #7b1a5a2d
 def _read_csv(content: bytes, source: str) -> _Table:
     import pandas as pd
 
@@ -362,7 +362,7 @@ def _local_files(address: str) -> Iterator[tuple[str, bytes]]:
                 "no permission to read the file", where=name, do="change its permissions"
             ) from None
 
-
+# %% ../../nbs/02_data/02_sources.ipynb #1461d8fb
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}
 
 
@@ -423,7 +423,7 @@ def _get(url: str, timeout: float = 10.0) -> bytes:
             f"the server can't be reached: {error}", where=url, do="check the network, or TITANIC_OPENML_URL"
         ) from None
 
-
+# %% ../../nbs/02_data/02_sources.ipynb #a871b907
 def _read_arff(content: bytes, source: str) -> _Table:
     import arff
     import pandas as pd

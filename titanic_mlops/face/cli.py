@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'console', 'main', 'run', 'report', 'steps', 'config', 'up', 'down', 'doctor']
 
-# %% ../../nbs/05_face/01_cli.ipynb #5f229301
+# %% ../../nbs/05_face/01_cli.ipynb #b0f51a6b
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,7 +107,7 @@ def _place(path: Path) -> str:
     except ValueError:
         return str(path)
 
-
+# %% ../../nbs/05_face/01_cli.ipynb #422eb0b0
 def _show_summary(summary: "Summary", own: Settings) -> None:
     from titanic_mlops.flow.services import running
 
@@ -234,7 +234,7 @@ def _require_pipeline() -> None:
 
     importlib.invalidate_caches()
 
-# %% ../../nbs/05_face/01_cli.ipynb #39a6d71b
+# %% ../../nbs/05_face/01_cli.ipynb #5c4031e0
 @app.command()
 def run(
     overrides: Annotated[
@@ -251,21 +251,25 @@ def run(
     configs = load(overrides or [], multirun)
     console.print("[dim]loading Prefect and MLflow ...[/]")
     from titanic_mlops.flow.pipeline import run_pipeline
+    from titanic_mlops.flow.services import prefect_api
 
     summaries = []
-    for number, config in enumerate(configs, 1):
-        if len(configs) > 1:
-            console.print(
-                f"\n[bold]run {number} of {len(configs)}[/]  seed={config.seed} model={','.join(config.model.candidates)} profile={config.profile.name}"
-            )
-        own = settings(**config.profile.settings)
-        with _painted() as listener:
-            summaries.append(run_pipeline(config, own, listener, force))
-        if len(configs) == 1:
-            _show_summary(summaries[-1], own)
+    with ExitStack() as shared:
+        for number, config in enumerate(configs, 1):
+            own = settings(**config.profile.settings)
+            if len(configs) > 1:
+                if number == 1:  # all runs of a sweep use one Prefect API
+                    shared.enter_context(prefect_api(own)).wait()
+                console.print(f"\n[bold]run {number} of {len(configs)}[/]  {_told_apart(config)}")
+            with _painted() as listener:
+                summaries.append(run_pipeline(config, own, listener, force))
     if len(configs) > 1:
         _show_sweep(configs, summaries)
-        _show_summary(summaries[-1], own)
+    _show_summary(summaries[-1], own)
+
+
+def _told_apart(config: Any) -> str:
+    return f"seed={config.seed} model={','.join(config.model.candidates)} profile={config.profile.name}"
 
 
 def _show_sweep(configs: list[Any], summaries: list["Summary"]) -> None:

@@ -37,7 +37,7 @@ class ModelConfig(_Section):
 class Models(_Section):
     candidates: Annotated[dict[str, ModelConfig], Field(min_length=1)]
 
-
+# %% ../../nbs/04_flow/01_configuration.ipynb #ad1bd258
 class Data(_Section):
     max_quarantined: Annotated[float, Field(ge=0, le=1, description="share of rows that may be set aside")]
 
@@ -102,7 +102,7 @@ def group_options() -> dict[str, list[str]]:
         if group.is_dir() and not group.name.startswith("_")
     }
 
-
+# %% ../../nbs/04_flow/01_configuration.ipynb #e6c35c36
 def _check_names(overrides: Sequence[str]) -> list[Any]:
     "Parse overrides; raise `ParameterError` for a name or a choice that does not exist."
     from hydra.core.override_parser.overrides_parser import OverridesParser

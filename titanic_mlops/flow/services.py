@@ -148,7 +148,7 @@ def up(
     _await(starting, wait)
     return [*found.values(), *(service for service, *_ in starting.values())]
 
-
+# %% ../../nbs/04_flow/05_services.ipynb #d4e7a286
 def _await(starting: dict, wait: float) -> None:
     deadline = time.monotonic() + wait
     for name, (_, process, health, log) in starting.items():
@@ -306,7 +306,7 @@ def check_store(settings: Settings) -> Check:
         "free some space, or point TITANIC_STORE at a larger disk",
     )
 
-
+# %% ../../nbs/04_flow/05_services.ipynb #f4e43731
 def check_tracking(settings: Settings) -> Check:
     "Can the tracking store be written?"
     if settings.mlflow_uri and not settings.mlflow_uri.startswith("sqlite"):
@@ -374,7 +374,7 @@ def _program(name: str, use: str, how: str) -> Check:
     place = shutil.which(name)
     return Check(name, place is not None, place or f"not found; {use}", how, needed=False)
 
-
+# %% ../../nbs/04_flow/05_services.ipynb #68b5b1e3
 def diagnose(settings: Settings) -> list[Check]:
     "Everything the doctor looks at."
     python = ".".join(map(str, sys.version_info[:3]))

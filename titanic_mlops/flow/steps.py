@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEEDS', 'PACKAGE', 'CellEvent', 'notebook_of', 'parameters_model', 'check_parameters', 'Job', 'plan', 'needs',
            'module_digests', 'environment_digest', 'Key', 'key_of', 'source_stamp', 'Result', 'folder_of', 'recall',
-           'kernel_name', 'run_notebook', 'execute', 'prepare_inputs', 'extra_inputs', 'steps_table']
+           'kernel_name', 'run_notebook', 'execute', 'recallable', 'extra_inputs', 'prepare_inputs', 'steps_table']
 
-# %% ../../nbs/04_flow/03_steps.ipynb #6ba30d23
+# %% ../../nbs/04_flow/03_steps.ipynb #937baf90
 import ast
 import json
 import os
@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 import tokenize
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import StringIO
@@ -80,7 +80,7 @@ _NAMES = {
     "None": None,
 }
 
-
+# %% ../../nbs/04_flow/03_steps.ipynb #38ee33dc
 def parameters_model(
     notebook: Path,  # with a cell tagged `parameters`
 ) -> type:  # a pydantic model, one field per parameter
@@ -117,7 +117,7 @@ def parameters_model(
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
     return create_model(notebook.stem, __config__=model_config, **fields)
 
-
+# %% ../../nbs/04_flow/03_steps.ipynb #6e800e7d
 def check_parameters(
     step: str,
     given: Mapping[str, Any],
@@ -189,7 +189,7 @@ def needs(
     "What a job waits for."
     return [other for other in jobs if other.step in NEEDS[job.step]]
 
-# %% ../../nbs/04_flow/03_steps.ipynb #e07063f3
+# %% ../../nbs/04_flow/03_steps.ipynb #6e2b9011
 def _code_digest(source: str) -> str:
     try:
         return digest(ast.dump(ast.parse(source)).encode())
@@ -201,10 +201,12 @@ def _code_digest(source: str) -> str:
 def _module_facts(file: Path, stamp: tuple[int, int]) -> tuple[str, frozenset[str]]:
     "Digest of a module's code, and the names that it imports."
     source = file.read_text(encoding="utf-8")
-    return _code_digest(source), frozenset(_imported(source))
+    package = ["titanic_mlops", *file.relative_to(PACKAGE).parent.parts]
+    return _code_digest(source), frozenset(_imported(source, package))
 
 
-def _imported(source: str) -> Iterable[str]:
+def _imported(source: str, package: Sequence[str] = ()) -> Iterable[str]:
+    "Names that code imports; `package` is where relative ones start."
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -212,20 +214,31 @@ def _imported(source: str) -> Iterable[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _beside(module: Path) -> list[Path]:
+    "Files that carry a module's name and belong to it, such as the report's template."
+    return [f for f in sorted(module.parent.glob(f"{module.name}.*")) if not f.suffix.startswith(".py")]
 
 
 def module_digests(
     sources: Iterable[str],  # code whose imports are followed
 ) -> dict[str, str]:  # module of this package -> digest of its code
-    "The package modules that code imports, directly or through others, by static analysis."
+    "The package modules that code imports, directly or through others, by static analysis; and their templates."
     found: dict[str, str] = {}
     waiting = {name for source in sources for name in _imported(source)}
     while waiting:
         name = waiting.pop()
         if not name.startswith("titanic_mlops") or name in found:
+            continue
+        _, first, *rest = [*name.split("."), ""]
+        if first in titanic_mlops.MODULES:  # a short name: `from titanic_mlops import contract`
+            waiting.add(".".join(["titanic_mlops", titanic_mlops.MODULES[first], first]))
             continue
         base = PACKAGE.joinpath(*name.split(".")[1:])
         for file in (base.with_suffix(".py"), base / "__init__.py"):
@@ -233,6 +246,7 @@ def module_digests(
                 stat = file.stat()
                 found[name], imported = _module_facts(file, (stat.st_mtime_ns, stat.st_size))
                 waiting |= imported
+                found |= {f"{name} {f.name}": digest(f) for f in _beside(base)}
                 break
     return found
 
@@ -393,7 +407,7 @@ def _engine(on_cell: CellEvent | None, environment: Mapping[str, str]) -> type:
                 timeout=execution_timeout,
                 startup_timeout=start_timeout,
                 kernel_name=kernel_name,
-                extra_arguments=["--log-level=40"],  # a kernel on loopback need not warn about its transport
+                extra_arguments=["--log-level=50"],  # neither its transport on loopback nor its end is news
             ).execute(env={**os.environ, **environment})
 
     return StepEngine
@@ -456,7 +470,7 @@ def run_notebook(
     finally:
         papermill_engines._engines.pop(engine, None)
 
-# %% ../../nbs/04_flow/03_steps.ipynb #34d3f2fd
+# %% ../../nbs/04_flow/03_steps.ipynb #7797f661
 def _html(notebook: Path) -> None:
     from nbconvert import HTMLExporter
 
@@ -464,6 +478,33 @@ def _html(notebook: Path) -> None:
     write_atomic(notebook.with_suffix(".html"), body)
 
 
+def _keep_failed(job: Job, aside: Path, store: Path) -> str:
+    "Keep what a failed step has made so far: its notebook, and outputs such as quarantined rows."
+    if not (aside / "notebook.ipynb").exists():
+        return ""
+    kept = Path(store) / "failed" / job.name
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(aside, kept)
+    (kept / "step.json").unlink(missing_ok=True)
+    return f"\n  kept:  {kept}"
+
+
+def _manifest(job: Job, key: Key, inputs: Mapping[str, Result], aside: Path) -> dict[str, Any]:
+    "What was run on what, and what came of it, with digests."
+    metrics = aside / "metrics.json"
+    return {
+        "job": job.name,
+        "step": job.step,
+        "variant": job.variant,
+        "parameters": job.parameters,
+        "key": key.parts,
+        "inputs": {n: {"uri": str(r.outputs), "sha256": r.digest} for n, r in inputs.items()},
+        "outputs": digest_folder(aside / "outputs"),
+        "metrics": json.loads(metrics.read_text()) if metrics.exists() else {},
+        "notebook": digest(aside / "notebook.ipynb"),
+    }
+
+# %% ../../nbs/04_flow/03_steps.ipynb #4942b13c
 def execute(
     job: Job,
     key: Key,
@@ -498,17 +539,7 @@ def execute(
             raise
         _html(executed)
         (aside / "outputs").mkdir(exist_ok=True)
-        metrics = aside / "metrics.json"
-        manifest = {
-            "job": job.name,
-            "step": job.step,
-            "variant": job.variant,
-            "parameters": job.parameters,
-            "key": key.parts,
-            "inputs": {n: {"uri": str(r.outputs), "sha256": r.digest} for n, r in inputs.items()},
-            "outputs": digest_folder(aside / "outputs"),
-            "metrics": json.loads(metrics.read_text()) if metrics.exists() else {},
-            "notebook": digest(executed),
+        manifest = _manifest(job, key, inputs, aside) | {
             "started": started,
             "seconds": round(time.time() - started, 3),
             "context": dict(context or {}),
@@ -517,18 +548,35 @@ def execute(
         write_atomic(aside / "manifest.json", json.dumps(manifest, indent=2, default=str))
     return Result(job, folder, manifest)
 
+# %% ../../nbs/04_flow/03_steps.ipynb #c189e119
+def recallable(
+    jobs: Sequence[Job],  # as `plan` orders them
+    settings: Settings,
+) -> dict[str, Result]:  # job name -> its result
+    "The results that could be recalled now; a job whose inputs are not known is not among them."
+    known: dict[str, Result] = {}
+    for job in jobs:
+        before = needs(job, jobs)
+        if all(other.name in known for other in before):
+            inputs = {other.name: known[other.name].digest for other in before}
+            found = recall(job, key_of(job, inputs | extra_inputs(job, settings)), settings.store)
+            if found:
+                known[job.name] = found
+    return known
 
-def _keep_failed(job: Job, aside: Path, store: Path) -> str:
-    "Keep what a failed step has made so far: its notebook, and outputs such as quarantined rows."
-    if not (aside / "notebook.ipynb").exists():
-        return ""
-    kept = Path(store) / "failed" / job.name
-    shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(aside, kept)
-    (kept / "step.json").unlink(missing_ok=True)
-    return f"\n  kept:  {kept}"
 
-# %% ../../nbs/04_flow/03_steps.ipynb #62f0e59e
+def extra_inputs(
+    job: Job,
+    settings: Settings,
+) -> dict[str, str]:
+    "What a job depends on besides other jobs: the bytes of its source, the registry that it changes."
+    if job.step == "ingest":
+        return {"source": source_stamp(job.parameters["source"])}
+    if job.step == "promote":
+        return {"registry": digest(f"{settings.tracking_uri} {settings.mlflow_model}".encode())}
+    return {}
+
+# %% ../../nbs/04_flow/03_steps.ipynb #7b1adafd
 def prepare_inputs(
     step: str,
 ) -> dict[str, Path]:  # job name -> folder of its outputs
@@ -547,18 +595,6 @@ def prepare_inputs(
             found = execute(job, key, inputs, own)
         done[job.name] = found
     return {name: done[name].outputs for name in done if name.split(".")[0] in NEEDS[step]}
-
-
-def extra_inputs(
-    job: Job,
-    settings: Settings,
-) -> dict[str, str]:
-    "What a job depends on besides other jobs: the bytes of its source, the registry that it changes."
-    if job.step == "ingest":
-        return {"source": source_stamp(job.parameters["source"])}
-    if job.step == "promote":
-        return {"registry": digest(f"{settings.tracking_uri} {settings.mlflow_model}".encode())}
-    return {}
 
 # %% ../../nbs/04_flow/03_steps.ipynb #3a08c76f
 def steps_table() -> str:

@@ -147,7 +147,7 @@ def slice_keys(
         "company": alone.map({True: "alone", False: "with family"}),
     }
 
-
+# %% ../../nbs/03_model/02_evaluate.ipynb #9fc4f51f
 def slices(
     passengers: "pd.DataFrame",  # contract columns with the outcome
     p: "np.ndarray",  # probabilities, shape (n,)
@@ -288,7 +288,7 @@ class Evaluation(BaseModel):
             lines.append(f"| {name} | " + " | ".join(str(row[m]) for m in MEASURES) + " |")
         return "\n".join(lines)
 
-
+# %% ../../nbs/03_model/02_evaluate.ipynb #f4d6b222
 def evaluate(
     chosen: str,  # the chosen candidate's name
     candidates: Mapping[str, Mapping[str, Estimate]],  # out-of-fold figures of all

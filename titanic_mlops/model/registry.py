@@ -31,7 +31,6 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import logging
 
-
     for name in ("mlflow", "mlflow.store.db.utils", "alembic", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -133,7 +132,7 @@ def mlflow_signature() -> "mlflow.models.ModelSignature":
     ]
     return ModelSignature(Schema(inputs), Schema([ColSpec(DataType.double)]))
 
-
+# %% ../../nbs/03_model/05_registry.ipynb #f73476a7
 @patch
 def register(
     self: Registry,
