@@ -42,7 +42,9 @@ def run(
     from nbdev.clean import nbdev_clean
 
     notebook = nbformat.read(file, as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(file.parent)}}).execute()
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(file.parent)}})
+    client.extra_arguments = ["--log-level=50"]  # that a kernel on loopback is not encrypted is no news
+    client.execute()
     nbformat.write(notebook, file)
     nbdev_clean(str(file))
 

@@ -154,7 +154,7 @@ def _show_summary(summary: "Summary", own: Settings) -> None:
         + ("[bold]titanic up[/] to look at the runs" if not pages else "[bold]titanic report[/]")
     )
 
-# %% ../../nbs/05_face/01_cli.ipynb #4a081571
+# %% ../../nbs/05_face/01_cli.ipynb #f1141961
 def _fail(error: BaseException, debug: bool) -> int:  # the exit code
     "Say what went wrong, and how to go on."
     if debug:
@@ -179,21 +179,20 @@ def _fail(error: BaseException, debug: bool) -> int:  # the exit code
 
 def main(arguments: list[str] | None = None) -> None:
     "The entry point of `titanic`."
-    import click
-
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
         code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         code = _fail(KeyboardInterrupt(), False)
-    except click.ClickException as error:
-        error.show()
-        code = 2
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        code = _fail(error, debug)
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # usage errors of click, which Typer vendors
+            error.show()
+            code = 2
+        else:
+            code = _fail(error, debug)
     sys.exit(code or 0)
 
 # %% ../../nbs/05_face/01_cli.ipynb #531a4a34

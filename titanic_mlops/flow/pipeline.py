@@ -236,10 +236,11 @@ def _do(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result]) -> Result:
     run.tell(Event("finished", job.name, seconds=time.monotonic() - started))
     return result
 
-# %% ../../nbs/04_flow/04_pipeline.ipynb #e7e5824c
+# %% ../../nbs/04_flow/04_pipeline.ipynb #072cc797
 def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
     "Run the jobs as tasks of one Prefect flow."
     from prefect import flow, task
+    from prefect.settings import temporary_settings
     from prefect.task_runners import ThreadPoolTaskRunner
 
     done: dict[str, Result] = {}
@@ -285,7 +286,12 @@ def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
                     )
             waiting = [job for job in waiting if job not in ready]
 
-    titanic()
+    where = {  # Prefect reads its environment once, and this process may have run before
+        "api.url": os.environ["PREFECT_API_URL"],
+        "results.local_storage_path": os.environ["PREFECT_LOCAL_STORAGE_PATH"],
+    }
+    with temporary_settings(where):
+        titanic()
     return done
 
 # %% ../../nbs/04_flow/04_pipeline.ipynb #c5b886d8

@@ -189,7 +189,7 @@ def needs(
     "What a job waits for."
     return [other for other in jobs if other.step in NEEDS[job.step]]
 
-# %% ../../nbs/04_flow/03_steps.ipynb #6e2b9011
+# %% ../../nbs/04_flow/03_steps.ipynb #087413ab
 def _code_digest(source: str) -> str:
     try:
         return digest(ast.dump(ast.parse(source)).encode())
@@ -236,7 +236,7 @@ def module_digests(
         name = waiting.pop()
         if not name.startswith("titanic_mlops") or name in found:
             continue
-        _, first, *rest = [*name.split("."), ""]
+        first = f"{name}.".split(".")[1]
         if first in titanic_mlops.MODULES:  # a short name: `from titanic_mlops import contract`
             waiting.add(".".join(["titanic_mlops", titanic_mlops.MODULES[first], first]))
             continue
@@ -470,11 +470,28 @@ def run_notebook(
     finally:
         papermill_engines._engines.pop(engine, None)
 
-# %% ../../nbs/04_flow/03_steps.ipynb #7797f661
+# %% ../../nbs/04_flow/03_steps.ipynb #634ff30d
+_NO_ALT = 'alt="No description has been provided for this image"'  # nbconvert's words
+
+
 def _html(notebook: Path) -> None:
+    "The executed notebook as a page, with the descriptions of its figures."
+    import logging
+    from html import escape
+
     from nbconvert import HTMLExporter
 
-    body, _ = HTMLExporter(theme="light").from_filename(str(notebook))
+    quiet = logging.getLogger("titanic.html")
+    quiet.setLevel(logging.ERROR)  # it warns that descriptions are missing; they are put in below
+    body, _ = HTMLExporter(theme="light", log=quiet).from_filename(str(notebook))
+    outputs = [out for cell in _cells(notebook) for out in cell.get("outputs", [])]
+    alts = [
+        out["metadata"].get("image/png", {}).get("alt")
+        for out in outputs
+        if "image/png" in out.get("data", {})
+    ]
+    for alt in alts:
+        body = body.replace(_NO_ALT, f'alt="{escape(alt or "figure")}"', 1)
     write_atomic(notebook.with_suffix(".html"), body)
 
 
