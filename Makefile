@@ -32,8 +32,8 @@ quick: $(READY) ## run the tests without the long ones
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --ServerApp.root_dir=nbs $(ARGS)
 
-export: $(READY) ## notebooks -> package and README, and clean the notebooks
-	@$(BIN)/nbdev-clean && $(BIN)/nbdev-export && $(BIN)/python scripts/readme.py
+export: $(READY) ## notebooks -> package and README; formats and cleans the notebooks
+	@$(BIN)/ruff format -q nbs && $(BIN)/nbdev-clean && $(BIN)/nbdev-export && $(BIN)/python scripts/readme.py
 
 readme: $(READY) ## render README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/readme.py $(ARGS)

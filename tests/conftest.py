@@ -1,12 +1,13 @@
 """What every test may lean on: a store of its own, no analytics, and a plain word when a program is missing."""
 
+import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import Checkout, checkout
 
 # Libraries that report home, or that draw on a screen, are told not to before anything imports them.
 QUIET = {
@@ -18,6 +19,32 @@ QUIET = {
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 os.environ.update(QUIET)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Checkout:
+    "The command line on an empty store."
+    return checkout(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    "The command line on a store whose MLflow and Prefect pages are up."
+    own = checkout(tmp_path_factory.mktemp("served"))
+    up = own.titanic("up")
+    assert up.returncode == 0, up.stdout + up.stderr
+    yield own
+    own.titanic("down")
+
+
+@pytest.fixture(scope="session")
+def finished(served: Checkout) -> tuple[Checkout, subprocess.CompletedProcess]:
+    "The same store after one `titanic run` on the defaults, and what that said."
+    done = served.titanic("run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((served.store / "latest" / "run.json").read_text())
+    served.first = {job: Path(folder) / "outputs" for job, folder in facts["results"].items()}
+    return served, done
 
 
 @pytest.fixture

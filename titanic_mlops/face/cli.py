@@ -182,13 +182,15 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
-        code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
+        code = app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="titanic")
     except typer.Abort:
         code = _fail(KeyboardInterrupt(), False)
     except SystemExit:
         raise
     except BaseException as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # usage errors of click, which Typer vendors
+        if hasattr(error, "show") and hasattr(
+            error, "exit_code"
+        ):  # usage errors of click, which Typer vendors
             error.show()
             code = 2
         else:

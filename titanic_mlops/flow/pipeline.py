@@ -6,7 +6,7 @@
 __all__ = ['Listener', 'Event', 'Summary', 'git_commit', 'Tracker', 'start_job', 'finish_job', 'fail_job', 'still_true',
            'run_pipeline']
 
-# %% ../../nbs/04_flow/04_pipeline.ipynb #e7402343
+# %% ../../nbs/04_flow/04_pipeline.ipynb #2fd9e6e1
 import json
 import os
 import socket
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.sources import check_address
 from .configuration import RunConfig
 from .kernels import KERNEL_NAME, install_kernelspec, warm_up
 from .services import preflight, prefect_api
@@ -294,7 +295,7 @@ def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
         titanic()
     return done
 
-# %% ../../nbs/04_flow/04_pipeline.ipynb #c5b886d8
+# %% ../../nbs/04_flow/04_pipeline.ipynb #f58acb0a
 def _warm(jobs: list[Job], settings: Settings, force: bool) -> None:
     "Start the parent of the warm kernels, if this environment can have one and a step will need it."
     if sys.prefix != sys.base_prefix and not settings.kernel:
@@ -313,6 +314,7 @@ def run_pipeline(
     "Run the pipeline. Raises a `TitanicError` for whatever the user can mend."
     started = time.monotonic()
     jobs = plan(config)  # parameters are checked before anything starts
+    check_address(config.source)
     preflight(settings)
     _warm(jobs, settings, force)
     with prefect_api(settings) as api:

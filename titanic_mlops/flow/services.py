@@ -117,7 +117,7 @@ def _commands(settings: Settings) -> dict[str, tuple[list[str], int, str]]:
         services["mlflow"] = (mlflow, 5000, "/health")
     return services
 
-
+# %% ../../nbs/04_flow/05_services.ipynb #a5ff2040
 def up(
     settings: Settings,
     wait: float = 120.0,  # seconds until both must answer

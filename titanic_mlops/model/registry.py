@@ -6,10 +6,11 @@
 __all__ = ['CHAMPION', 'CHALLENGER', 'RUNTIME_PACKAGES', 'quiet_mlflow', 'open_tracking', 'Version', 'Registry',
            'mlflow_signature']
 
-# %% ../../nbs/03_model/05_registry.ipynb #b6d873a0
+# %% ../../nbs/03_model/05_registry.ipynb #0ba223ef
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,16 +24,19 @@ from .bundle import Bundle
 if TYPE_CHECKING:
     import mlflow
 
-# %% ../../nbs/03_model/05_registry.ipynb #42a1ffd8
+# %% ../../nbs/03_model/05_registry.ipynb #50322bb2
 def quiet_mlflow() -> None:
     "Import MLflow with its telemetry and its chatter switched off."
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import logging
 
     for name in ("mlflow", "mlflow.store.db.utils", "alembic", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for message in ("IProgress not found", ".*input example was not provided"):  # hints to its developers
+        warnings.filterwarnings("ignore", message=message)
 
 
 def open_tracking(
