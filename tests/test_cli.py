@@ -36,9 +36,11 @@ def mendable(done: subprocess.CompletedProcess, *wanted: str) -> None:
         (["seed=-1"], ["seed", "-1"]),
         (["model=logstic"], ["'logstic'", "logistic"]),
         (["cv.folds=1"], ["cv.folds", "2"]),
-        (["model.candidates.logistic.hyperparameters.D=1"], ["'D'"]),
+        (["model.candidates.logistic.hyperparameters.D=1"], [".D'", ".C'"]),
         (["seed=1,2"], ["-m"]),
         (["+new=1"], ["new"]),
+        (["profile=gcp"], ["TITANIC_BUCKET", "profile.settings"]),
+        (["profile=gpc"], ["'gpc'", "gcp"]),
         (["just words"], ["name=value"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -67,8 +69,9 @@ def test_usage(fresh: Checkout):
         done = fresh.titanic(*arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert fresh.titanic("--version").stdout.startswith("titanic_mlops ")
+    told = fresh.titanic("--help").stdout
     for command in ("run", "report", "steps", "config", "up", "down", "doctor"):
-        assert command in fresh.titanic("--help").stdout
+        assert f" {command} " in told
 
 
 def test_a_report_before_any_run(fresh: Checkout):

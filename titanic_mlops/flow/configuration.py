@@ -72,7 +72,7 @@ class RunConfig(_Section):
     cv: CrossValidation
     gate: Gate
 
-# %% ../../nbs/04_flow/01_configuration.ipynb #6cc70df5
+# %% ../../nbs/04_flow/01_configuration.ipynb #844bcb54
 def _known_keys(config: Any, prefix: str = "") -> list[str]:
     "Dotted names of all values in a composed configuration."
     keys = []
@@ -83,12 +83,22 @@ def _known_keys(config: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+def _compose(overrides: Sequence[str], resolve: bool = True) -> dict[str, Any]:
+    "Hydra's composition. Raises `ParameterError` if it needs an environment variable that is not set."
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
 
     with initialize_config_module("titanic_mlops.conf", version_base="1.3"):
-        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)  # type: ignore[return-value]
+        composed = compose("config", overrides=list(overrides))
+    try:
+        return OmegaConf.to_container(composed, resolve=resolve)  # type: ignore[return-value]
+    except InterpolationResolutionError as error:
+        raise ParameterError(
+            str(error).splitlines()[0].split(": ", 1)[-1].strip('"'),
+            where=f"configuration, {error.full_key}",
+            do="set it, or choose another profile",
+        ) from None
 
 
 def group_options() -> dict[str, list[str]]:
@@ -102,18 +112,16 @@ def group_options() -> dict[str, list[str]]:
         if group.is_dir() and not group.name.startswith("_")
     }
 
-# %% ../../nbs/04_flow/01_configuration.ipynb #e6c35c36
-def _check_names(overrides: Sequence[str]) -> list[Any]:
-    "Parse overrides; raise `ParameterError` for a name or a choice that does not exist."
+# %% ../../nbs/04_flow/01_configuration.ipynb #8107daa3
+def _parse(overrides: Sequence[str]) -> list[Any]:
+    "Overrides as Hydra reads them. Raises `ParameterError` for what is none, or adds a value."
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    groups = group_options()
-    known = [*_known_keys(_compose([]))]
     parsed = []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:
             raise ParameterError(
                 f"{text!r} is not an override",
@@ -121,35 +129,44 @@ def _check_names(overrides: Sequence[str]) -> list[Any]:
                 rule="overrides have the form name=value",
                 do=str(error).splitlines()[0],
             ) from None
-        name = override.key_or_group
-        if override.is_add() or override.is_force_add() or override.is_delete():
+        if parsed[-1].is_add() or parsed[-1].is_force_add() or parsed[-1].is_delete():
             raise ParameterError(
                 f"{text!r} adds or removes a value",
                 where="command line",
                 rule="overrides change values that exist",
-                do=nearest(name, known),
+                do="leave out the + or ~; the values there are: titanic config",
             )
-        if name not in groups and name not in known and not name.startswith("model.candidates."):
-            raise ParameterError(
-                f"unknown parameter {name!r}", where=f"override {text!r}", do=nearest(name, known)
-            )
-        if name in groups:
-            choices = (
-                [str(c) for c in override.sweep_iterator()]
-                if override.is_sweep_override()
-                else [str(override.value())]
-            )
-            for choice in choices:
-                if choice not in groups[name]:
-                    raise ParameterError(
-                        f"unknown {name} {choice!r}",
-                        where=f"override {text!r}",
-                        do=nearest(choice, groups[name]),
-                    )
-        parsed.append(override)
     return parsed
 
-# %% ../../nbs/04_flow/01_configuration.ipynb #f7f14c1a
+
+def _choices(override: Any) -> list[str]:
+    "What a group override chooses: several in a sweep."
+    if override.is_sweep_override():
+        return [str(choice) for choice in override.sweep_iterator()]
+    return [str(override.value())]
+
+# %% ../../nbs/04_flow/01_configuration.ipynb #9cb33dab
+def _check_names(parsed: Sequence[Any]) -> None:
+    "Raise `ParameterError` for a name or a choice that does not exist."
+    groups, known = group_options(), set(_known_keys(_compose([], resolve=False)))
+    for override in parsed:
+        name, where = override.key_or_group, f"override {override.input_line!r}"
+        for choice in _choices(override) if name in groups else []:
+            if choice not in groups[name]:
+                raise ParameterError(
+                    f"unknown {name} {choice!r}", where=where, do=nearest(choice, groups[name])
+                )
+            known |= set(_known_keys(_compose([f"{name}={choice}"], resolve=False)))
+    for override in parsed:
+        name = override.key_or_group
+        if name not in groups and name not in known:
+            raise ParameterError(
+                f"unknown parameter {name!r}",
+                where=f"override {override.input_line!r}",
+                do=nearest(name, sorted(known)),
+            )
+
+# %% ../../nbs/04_flow/01_configuration.ipynb #ef23c644
 def _typed(composed: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(composed)
@@ -171,7 +188,8 @@ def load(
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.errors import HydraException
 
-    parsed = _check_names(overrides)
+    parsed = _parse(overrides)
+    _check_names(parsed)
     sweeps = [o.input_line for o in parsed if o.is_sweep_override()]
     if sweeps and not multirun:
         raise ParameterError(
