@@ -18,12 +18,13 @@ class Checkout:
 
     store: Path
     folder: Path
+    settings: dict[str, str] = field(default_factory=dict)  # environment variables
     first: dict[str, Path] = field(
         default_factory=dict
     )  # job -> its outputs in the first run, if there was one
 
     def environment(self, **more: str) -> dict[str, str]:
-        return {**os.environ, "TITANIC_STORE": str(self.store), "NO_COLOR": "1", **more}
+        return {**os.environ, "TITANIC_STORE": str(self.store), "NO_COLOR": "1", **self.settings, **more}
 
     def titanic(self, *arguments: str, timeout: float = 500, **more: str) -> subprocess.CompletedProcess:
         "`titanic arguments`, to its end."

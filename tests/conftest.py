@@ -38,6 +38,15 @@ def served(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def foreign(served: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    "The command line on another store, for foreign data; Prefect's API is borrowed, to be quicker."
+    own = checkout(tmp_path_factory.mktemp("foreign"))
+    card = json.loads((served.store / "services" / "prefect.json").read_text())
+    own.settings["PREFECT_API_URL"] = f"{card['url']}/api"
+    return own
+
+
+@pytest.fixture(scope="session")
 def finished(served: Checkout) -> tuple[Checkout, subprocess.CompletedProcess]:
     "The same store after one `titanic run` on the defaults, and what that said."
     done = served.titanic("run")

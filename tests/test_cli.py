@@ -205,28 +205,15 @@ def cell(lines: list[str], line: int, column: str, value: str) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("edit", "wanted"),
-    [
-        (lambda lines: [lines[0]], ["mine.csv", "no rows"]),
-        (lambda lines: [line.replace('"sex"', '"gender"') for line in lines[:1]] + lines[1:], ["gender"]),
-        (
-            lambda lines: [lines[0], *[x for x in lines[1:] if x.split(",")[1].strip('"') == "1"]],
-            ["survived"],
-        ),
-        (lambda lines: [lines[0], *lines[1:30] * 40], ["once"]),
-    ],
-    ids=["empty", "a column of another name", "one outcome", "copies"],
-)
-def test_a_file_that_can_not_be_used(served: Checkout, tmp_path: Path, edit: Callable, wanted: list[str]):
-    before = sorted((served.store / "steps").rglob("manifest.json"))
-    mendable(served.titanic("run", f"source={edited(tmp_path, edit)}", *QUICK), *wanted)
-    after = sorted((served.store / "steps").rglob("manifest.json"))
-    assert not [f for f in after if f not in before and f.parts[-3] not in ("ingest", "validate")]
+def test_a_file_that_can_not_be_used(foreign: Checkout, tmp_path: Path):
+    one_outcome = lambda lines: [lines[0], *(x for x in lines[1:] if x.split(",")[1].strip('"') == "1")]
+    file = edited(tmp_path, one_outcome)
+    mendable(foreign.titanic("run", f"source={file}", *QUICK), "survived", "failed/validate")
+    assert not (foreign.store / "steps" / "train.logistic").exists()
 
 
 @pytest.mark.long
-def test_bad_rows_are_set_aside_with_their_reasons_and_the_run_goes_on(served: Checkout, tmp_path: Path):
+def test_bad_rows_are_set_aside_with_their_reasons_and_the_run_goes_on(foreign: Checkout, tmp_path: Path):
     import pandas as pd
 
     def spoil(lines: list[str]) -> list[str]:
@@ -236,26 +223,26 @@ def test_bad_rows_are_set_aside_with_their_reasons_and_the_run_goes_on(served: C
         return [*lines, lines[20]]  # a passenger twice
 
     source = edited(tmp_path, spoil)
-    done = served.titanic("run", f"source={source}", "model=logistic", *QUICK)
+    done = foreign.titanic("run", f"source={source}", "model=logistic", *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "quarantine" in done.stdout and "(4 rows)" in done.stdout
-    kept = pd.read_csv(served.outputs("validate") / "quarantine.csv", dtype=str).set_index("line")
+    kept = pd.read_csv(foreign.outputs("validate") / "quarantine.csv", dtype=str).set_index("line")
     assert kept.loc["5", "column"] == "age" and kept.loc["5", "value"] in ("-3", "-3.0")
     assert kept.loc["9", "column"] == "pclass" and "4" in kept.loc["9", "value"]
     assert kept.loc["12", "value"] == "a lot"
     assert "once" in kept.loc["1311", "rule"]
     assert kept["record"].str.len().min() > 20 and (kept["source"] == str(source)).all()
-    assert len(pd.read_csv(served.store / "latest" / "scored.csv")) == 1306
+    assert len(pd.read_csv(foreign.store / "latest" / "scored.csv")) == 1306
 
 
 @pytest.mark.long
-def test_too_many_bad_rows_stop_the_run_and_are_kept(served: Checkout, tmp_path: Path):
+def test_too_many_bad_rows_stop_the_run_and_are_kept(foreign: Checkout, tmp_path: Path):
     def spoil(lines: list[str]) -> list[str]:
         for line in range(2, 202):
             lines = cell(lines, line, "age", "-3")
         return lines
 
-    done = served.titanic("run", f"source={edited(tmp_path, spoil)}", *QUICK)
+    done = foreign.titanic("run", f"source={edited(tmp_path, spoil)}", *QUICK)
     mendable(done, "200 of 1309 rows", "age", "-3", "5.0%", "max_quarantined", "failed/validate")
-    [kept] = (served.store / "failed" / "validate").rglob("quarantine.csv")
+    [kept] = (foreign.store / "failed" / "validate").rglob("quarantine.csv")
     assert len(kept.read_text().splitlines()) == 201

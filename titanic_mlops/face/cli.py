@@ -154,7 +154,7 @@ def _show_summary(summary: "Summary", own: Settings) -> None:
         + ("[bold]titanic up[/] to look at the runs" if not pages else "[bold]titanic report[/]")
     )
 
-# %% ../../nbs/05_face/01_cli.ipynb #f1141961
+# %% ../../nbs/05_face/01_cli.ipynb #d156bdd0
 def _fail(error: BaseException, debug: bool) -> int:  # the exit code
     "Say what went wrong, and how to go on."
     if debug:
@@ -167,9 +167,6 @@ def _fail(error: BaseException, debug: bool) -> int:  # the exit code
         )
         print("\n".join([head, *rest]), file=sys.stderr)
         return known.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted; finished steps are kept, `titanic run` goes on from there", file=sys.stderr)
-        return 130
     print(
         f"{type(error).__name__}: {error}\n  this is a defect of titanic_mlops: run again with --debug and report it",
         file=sys.stderr,
@@ -183,8 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     try:
         code = app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="titanic")
-    except typer.Abort:
-        code = _fail(KeyboardInterrupt(), False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
     except SystemExit:
         raise
     except BaseException as error:
@@ -195,6 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
             code = 2
         else:
             code = _fail(error, debug)
+    if code == 130:  # as shells have it, and Typer returns it for Ctrl-C
+        print("interrupted; finished steps are kept, `titanic run` goes on from there", file=sys.stderr)
     sys.exit(code or 0)
 
 # %% ../../nbs/05_face/01_cli.ipynb #531a4a34

@@ -6,7 +6,7 @@
 __all__ = ['KERNEL_NAME', 'PRELOAD', 'WarmProvisioner', 'install_kernelspec', 'warm_up', 'ParentInfo', 'parents',
            'shutdown_parents']
 
-# %% ../../nbs/04_flow/00_kernels.ipynb #e2daf3eb
+# %% ../../nbs/04_flow/00_kernels.ipynb #d0dc39d8
 import asyncio
 import contextlib
 import gc
@@ -51,7 +51,13 @@ PRELOAD = (
         "sklearn.pipeline",
         "sklearn.model_selection",
     ),
-    *("sklearn.metrics", "sklearn.calibration", "mlflow", "pandera.pandas", "onnxruntime"),
+    *("sklearn.metrics", "sklearn.calibration", "skops.io", "pandera.pandas", "onnxruntime", "skl2onnx"),
+    *(
+        "mlflow.pyfunc",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "mlflow.store.model_registry.sqlalchemy_store",
+        "great_expectations",
+    ),
     *("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger"),
     *(
         "IPython.core.completerlib",

@@ -6,7 +6,7 @@
 __all__ = ['Listener', 'Event', 'Summary', 'git_commit', 'Tracker', 'start_job', 'finish_job', 'fail_job', 'still_true',
            'run_pipeline']
 
-# %% ../../nbs/04_flow/04_pipeline.ipynb #2fd9e6e1
+# %% ../../nbs/04_flow/04_pipeline.ipynb #e3f79a93
 import json
 import os
 import socket
@@ -29,6 +29,7 @@ from titanic_mlops.flow.steps import (
     Job,
     Key,
     Result,
+    Stop,
     execute,
     extra_inputs,
     kernel_name,
@@ -195,7 +196,7 @@ def still_true(
     champion = tracker.registry.alias("champion")
     return (champion.digest if champion else None) == (said["digest"] if said else None)
 
-# %% ../../nbs/04_flow/04_pipeline.ipynb #7e9caebc
+# %% ../../nbs/04_flow/04_pipeline.ipynb #5c50d6a7
 @dataclass
 class _Run:
     "What the jobs of one run share."
@@ -207,6 +208,7 @@ class _Run:
     log: Any
     force: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+    stop: Stop = field(default_factory=Stop)
 
     def tell(self, event: Event) -> None:
         with self.lock:
@@ -228,7 +230,7 @@ def _do(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result]) -> Result:
     started = time.monotonic()
     try:
         tell_cell = lambda cell, cells, text: run.tell(Event("cell", job.name, cell, cells, text))
-        result = execute(job, key, inputs, run.settings, context, tell_cell)
+        result = execute(job, key, inputs, run.settings, context, tell_cell, run.stop)
         finish_job(run.tracker, child, result)
     except BaseException as error:
         fail_job(run.tracker, child, error)
@@ -237,7 +239,7 @@ def _do(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result]) -> Result:
     run.tell(Event("finished", job.name, seconds=time.monotonic() - started))
     return result
 
-# %% ../../nbs/04_flow/04_pipeline.ipynb #072cc797
+# %% ../../nbs/04_flow/04_pipeline.ipynb #ae067a5a
 def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
     "Run the jobs as tasks of one Prefect flow."
     from prefect import flow, task
@@ -280,7 +282,11 @@ def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
                 )
                 futures[job.name] = (job, key, work.submit(job.name, key.digest))
             for name, (job, key, future) in futures.items():
-                future.result()
+                try:
+                    future.result()
+                except KeyboardInterrupt:
+                    run.stop.press()
+                    raise
                 if name not in done:  # Prefect knew the result: on record it goes all the same
                     done[name] = _do(
                         run, job, key, {other.name: done[other.name] for other in needs(job, jobs)}
@@ -295,7 +301,7 @@ def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
         titanic()
     return done
 
-# %% ../../nbs/04_flow/04_pipeline.ipynb #f58acb0a
+# %% ../../nbs/04_flow/04_pipeline.ipynb #9992ba62
 def _warm(jobs: list[Job], settings: Settings, force: bool) -> None:
     "Start the parent of the warm kernels, if this environment can have one and a step will need it."
     if sys.prefix != sys.base_prefix and not settings.kernel:
@@ -331,10 +337,9 @@ def run_pipeline(
             tracker.client.log_batch(tracker.run_id, metrics=_metrics(summary))
             tracker.client.set_terminated(tracker.run_id)
         except BaseException as error:
-            tracker.client.set_terminated(
-                tracker.run_id, "FAILED" if isinstance(error, Exception) else "KILLED"
-            )
-            raise explain(error) or error from None
+            defect = isinstance(error, Exception)  # otherwise somebody pressed Ctrl-C
+            tracker.client.set_terminated(tracker.run_id, "FAILED" if defect else "KILLED")
+            raise (explain(error) if defect else None) or error from None
     return summary
 
 # %% ../../nbs/04_flow/04_pipeline.ipynb #9eb515a6

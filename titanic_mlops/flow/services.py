@@ -146,7 +146,7 @@ def up(
         write_atomic(_card(settings, name), json.dumps(vars(service)))
         starting[name] = (service, process, service.url + health, log)
     _await(starting, wait)
-    return [*found.values(), *(service for service, *_ in starting.values())]
+    return sorted([*found.values(), *(service for service, *_ in starting.values())], key=lambda s: s.name)
 
 # %% ../../nbs/04_flow/05_services.ipynb #d4e7a286
 def _await(starting: dict, wait: float) -> None:

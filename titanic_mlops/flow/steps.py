@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['NEEDS', 'PACKAGE', 'CellEvent', 'notebook_of', 'parameters_model', 'check_parameters', 'Job', 'plan', 'needs',
            'module_digests', 'environment_digest', 'Key', 'key_of', 'source_stamp', 'Result', 'folder_of', 'recall',
-           'kernel_name', 'run_notebook', 'execute', 'recallable', 'extra_inputs', 'prepare_inputs', 'steps_table']
+           'Stop', 'kernel_name', 'run_notebook', 'execute', 'recallable', 'extra_inputs', 'prepare_inputs',
+           'steps_table']
 
-# %% ../../nbs/04_flow/03_steps.ipynb #937baf90
+# %% ../../nbs/04_flow/03_steps.ipynb #425420f5
 import ast
 import json
 import os
 import re
 import shutil
+import signal
 import time
 import tokenize
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import StringIO
@@ -373,11 +376,35 @@ def recall(
         return None
     return Result(job, folder, manifest, hit=True)
 
-# %% ../../nbs/04_flow/03_steps.ipynb #b1475dc6
+# %% ../../nbs/04_flow/03_steps.ipynb #90c3169d
 CellEvent = Callable[[int, int, str], None]  # number of the cell, cells in all, its first heading or line
 
 
-def _engine(on_cell: CellEvent | None, environment: Mapping[str, str]) -> type:
+class Stop:
+    "Ends the kernels of a run together: a person who presses Ctrl-C does not want to wait for a cell."
+
+    def __init__(self) -> None:
+        self.pressed, self._clients = False, set()
+
+    def press(self) -> None:
+        self.pressed = True
+        for client in list(self._clients):
+            pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
+            if pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    @contextmanager
+    def watch(self, client: Any) -> Iterator[None]:
+        "While this is open, the client's kernel can be ended."
+        self._clients.add(client)
+        try:
+            yield
+        finally:
+            self._clients.discard(client)
+
+# %% ../../nbs/04_flow/03_steps.ipynb #8cfa83b9
+def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Stop) -> type:
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
@@ -397,18 +424,22 @@ def _engine(on_cell: CellEvent | None, environment: Mapping[str, str]) -> type:
             total, tell = len(nb_man.nb.cells), nb_man.cell_start
 
             def cell_start(cell, cell_index=None, **more):
+                if stop.pressed:
+                    raise StepError("the run was interrupted")
                 if on_cell:
                     on_cell((cell_index or 0) + 1, total, cell.source.strip().split("\n")[0])
                 return tell(cell, cell_index, **more)
 
             nb_man.cell_start = cell_start
-            PapermillNotebookClient(
+            client = PapermillNotebookClient(
                 nb_man,
                 timeout=execution_timeout,
                 startup_timeout=start_timeout,
                 kernel_name=kernel_name,
                 extra_arguments=["--log-level=50"],  # neither its transport on loopback nor its end is news
-            ).execute(env={**os.environ, **environment})
+            )
+            with stop.watch(client):
+                client.execute(env={**os.environ, **environment})
 
     return StepEngine
 
@@ -421,7 +452,7 @@ def kernel_name(settings: Settings) -> str:
 
     return "titanic-warm" if "titanic-warm" in find_kernel_specs() else "python3"
 
-# %% ../../nbs/04_flow/03_steps.ipynb #8513ca04
+# %% ../../nbs/04_flow/03_steps.ipynb #72fca65a
 def run_notebook(
     notebook: Path,
     output: Path,  # the executed notebook
@@ -429,6 +460,7 @@ def run_notebook(
     settings: Settings,
     environment: Mapping[str, str],  # for the kernel, besides this process's own
     on_cell: CellEvent | None = None,
+    stop: Stop | None = None,
 ) -> None:
     "Execute a notebook with papermill. Raises what the notebook raised, if the user can mend it, or `StepError`."
     import logging
@@ -440,7 +472,7 @@ def run_notebook(
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     engine = f"titanic-{time.monotonic_ns()}"
-    papermill_engines.register(engine, _engine(on_cell, environment))
+    papermill_engines.register(engine, _engine(on_cell, environment, stop or Stop()))
     try:
         execute_notebook(
             str(notebook),
@@ -521,7 +553,7 @@ def _manifest(job: Job, key: Key, inputs: Mapping[str, Result], aside: Path) -> 
         "notebook": digest(aside / "notebook.ipynb"),
     }
 
-# %% ../../nbs/04_flow/03_steps.ipynb #4942b13c
+# %% ../../nbs/04_flow/03_steps.ipynb #cda23919
 def execute(
     job: Job,
     key: Key,
@@ -529,6 +561,7 @@ def execute(
     settings: Settings,
     context: Mapping[str, Any] | None = None,  # run ids and the like, for the notebook
     on_cell: CellEvent | None = None,
+    stop: Stop | None = None,
 ) -> Result:
     "Run a step notebook. Its folder appears whole, or not at all."
     started = time.time()
@@ -550,6 +583,7 @@ def execute(
                 settings,
                 environment | {STEP_VARIABLE: str(aside)},
                 on_cell,
+                stop,
             )
         except TitanicError as error:
             error.args = (f"{error}{_keep_failed(job, aside, settings.store)}",)

@@ -42,17 +42,20 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "titanic_mlops",
 }
 
-# %% ../../nbs/03_model/06_plots.ipynb #01c137b5
+# %% ../../nbs/03_model/06_plots.ipynb #3423b1d4
 class Plot(Figure):
     "A figure that a notebook shows as PNG and a page takes as SVG."
 
     description: str = ""  # what a reader who can't see it is told
+    _drawn: bytes = b""
 
     def png(self) -> bytes:
-        "The figure as PNG; equal figures give equal bytes."
-        buffer = io.BytesIO()
-        FigureCanvasAgg(self).print_png(buffer, metadata={"Software": None})
-        return buffer.getvalue()
+        "The figure as PNG, drawn once; equal figures give equal bytes."
+        if not self._drawn:
+            buffer = io.BytesIO()
+            FigureCanvasAgg(self).print_png(buffer, metadata={"Software": None})
+            self._drawn = buffer.getvalue()
+        return self._drawn
 
     def _ipython_display_(self) -> None:
         from IPython.display import publish_display_data
