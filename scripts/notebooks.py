@@ -6,6 +6,7 @@
 The pipeline's notebooks share one new store. A notebook that fails is left as it was.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -49,12 +50,23 @@ def run(
     nbdev_clean(str(file))
 
 
+def prepare() -> None:
+    "Run the steps up to the registry, so that step notebooks find their inputs and say nothing of having made them."
+    print("notebooks: preparing the inputs of the pipeline's notebooks", flush=True)
+    from titanic_mlops.flow.steps import prepare_inputs
+
+    with contextlib.redirect_stdout(None):
+        prepare_inputs("promote")
+
+
 def main(names: list[str]) -> int:
     os.chdir(ROOT)
     os.environ |= {"IN_TEST": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     files, failed = chosen(names), []
     with tempfile.TemporaryDirectory(prefix="titanic-notebooks-") as store:
         os.environ["TITANIC_STORE"] = store
+        if any(file.parent.name == "pipeline" for file in files):
+            prepare()
         for number, file in enumerate(files, 1):
             name, start = file.relative_to(ROOT), time.monotonic()
             print(f"notebooks: {number}/{len(files)} {name}", end="", flush=True)

@@ -37,13 +37,10 @@ def served(tmp_path_factory: pytest.TempPathFactory):
     own.titanic("down")
 
 
-@pytest.fixture(scope="session")
-def foreign(served: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    "The command line on another store, for foreign data; Prefect's API is borrowed, to be quicker."
-    own = checkout(tmp_path_factory.mktemp("foreign"))
-    card = json.loads((served.store / "services" / "prefect.json").read_text())
-    own.settings["PREFECT_API_URL"] = f"{card['url']}/api"
-    return own
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    "The command line on another store, for foreign data."
+    return checkout(tmp_path_factory.mktemp("foreign"))
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +51,17 @@ def finished(served: Checkout) -> tuple[Checkout, subprocess.CompletedProcess]:
     facts = json.loads((served.store / "latest" / "run.json").read_text())
     served.first = {job: Path(folder) / "outputs" for job, folder in facts["results"].items()}
     return served, done
+
+
+@pytest.hookimpl(wrapper=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    "Tests that share a store run in one process, the long ones first."
+    for item in items:
+        for shared in {"finished", "prepared", "foreign"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("foreign" if shared == "foreign" else "finished"))
+    items.sort(
+        key=lambda item: (item.get_closest_marker("long") is None, "finished" not in item.fixturenames)
+    )
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -46,10 +45,8 @@ def mendable(done: subprocess.CompletedProcess, *wanted: str) -> None:
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_a_wrong_parameter(fresh: Checkout, overrides: list[str], wanted: list[str]):
-    started = time.monotonic()
     mendable(fresh.titanic("run", *overrides), *wanted)
     assert not fresh.store.exists(), "a store was made for a run that could not start"
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(
@@ -85,12 +82,13 @@ def test_the_parameters_of_every_step_are_listed(fresh: Checkout):
     assert "seed: 7" in fresh.titanic("config", "seed=7").stdout
 
 
-def test_importing_the_package_is_quick():
-    code = "import time; t = time.perf_counter(); import titanic_mlops; print(time.perf_counter() - t)"
-    told = [float(subprocess.check_output([sys.executable, "-c", code], text=True)) for _ in range(5)]
-    assert sorted(told)[2] < 0.1
-    loaded = "import sys, titanic_mlops.face.cli; print([m for m in ('pandas', 'mlflow', 'prefect') if m in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", loaded], text=True).strip() == "[]"
+def test_importing_is_light():
+    loads = "import sys, {}; print(sorted(m for m in sys.modules if m.count('.') == 0 and m not in before))"
+    before = "import sys; before = set(sys.modules) | {'titanic_mlops'}; "
+    say = lambda what: subprocess.check_output([sys.executable, "-c", before + loads.format(what)], text=True)
+    assert say("titanic_mlops").strip() == "[]"
+    heavy = ("pandas", "numpy", "sklearn", "mlflow", "prefect", "papermill", "hydra", "great_expectations")
+    assert not [m for m in heavy if repr(m) in say("titanic_mlops.face.cli")]
 
 
 # --- the machine

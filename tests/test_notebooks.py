@@ -16,6 +16,13 @@ STEPS = sorted((ROOT / "nbs" / "pipeline").glob("*.ipynb"))
 
 def replay(folder: Path, store: Path) -> subprocess.CompletedProcess:
     "nbval over a folder of notebooks, in fresh kernels."
+    for file in folder.glob(
+        "*.ipynb"
+    ):  # nbval takes a cell without a number, as clean ones are, for one that was not run
+        notebook = json.loads(file.read_text())
+        for number, cell in enumerate((c for c in notebook["cells"] if c["cell_type"] == "code"), 1):
+            cell["execution_count"] = number
+        file.write_text(json.dumps(notebook))
     command = [
         sys.executable,
         "-m",

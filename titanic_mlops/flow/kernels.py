@@ -299,6 +299,8 @@ def _reset_libraries(
             matplotlib.rc_file("matplotlibrc")
         backend = os.environ.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"
         matplotlib.rcParams["backend"] = backend
+    if "pandas" in sys.modules:  # in the parent it took itself to be in a terminal
+        sys.modules["pandas"].set_option("display.max_columns", 20)
     for pool in pools:
         names = (
             ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS") if pool.user_api == "blas" else ("OMP_NUM_THREADS",)
