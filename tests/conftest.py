@@ -62,6 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     items.sort(
         key=lambda item: (item.get_closest_marker("long") is None, "finished" not in item.fixturenames)
     )
+    return (yield)
 
 
 @pytest.fixture
