@@ -53,16 +53,9 @@ def finished(served: Checkout) -> tuple[Checkout, subprocess.CompletedProcess]:
     return served, done
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]):
-    "Tests that share a store run in one process, the long ones first."
-    for item in items:
-        for shared in {"finished", "prepared", "foreign"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("foreign" if shared == "foreign" else "finished"))
-    items.sort(
-        key=lambda item: (item.get_closest_marker("long") is None, "finished" not in item.fixturenames)
-    )
-    return (yield)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "The longest file first, so that no process is left waiting for the other."
+    items.sort(key=lambda item: (item.path.name != "test_pipeline.py", item.path.name != "test_cli.py"))
 
 
 @pytest.fixture

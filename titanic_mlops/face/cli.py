@@ -107,7 +107,7 @@ def _place(path: Path) -> str:
     except ValueError:
         return str(path)
 
-# %% ../../nbs/05_face/01_cli.ipynb #422eb0b0
+# %% ../../nbs/05_face/01_cli.ipynb #7f6c9d12
 def _show_summary(summary: "Summary", own: Settings) -> None:
     from titanic_mlops.flow.services import running
 
@@ -130,24 +130,19 @@ def _show_summary(summary: "Summary", own: Settings) -> None:
     console.print(table)
     pages = running(own)
     latest = own.store / "latest"
-    where = Table.grid(padding=(0, 2))
-    where.add_row("  report", _place(latest / "report.html"))
-    where.add_row("  scored", _place(latest / "scored.csv"))
-    if summary.quarantined:
-        where.add_row(
-            "  quarantine",
-            f"{_place(summary.results['validate'].outputs / 'quarantine.csv')} ({summary.quarantined} rows)",
-        )
-    where.add_row(
-        "  MLflow",
-        (pages["mlflow"].url if "mlflow" in pages else own.mlflow_uri or "titanic up")
-        + f"  [dim]run {summary.run_id}[/]",
-    )
-    where.add_row(
-        "  Prefect", pages["prefect"].url if "prefect" in pages else own.prefect_url or "titanic up"
-    )
+    quarantine = summary.results["validate"].outputs / "quarantine.csv"
+    mlflow = pages["mlflow"].url if "mlflow" in pages else own.mlflow_uri or "titanic up"
+    where = {  # printed line by line: a table would cut long paths
+        "report": _place(latest / "report.html"),
+        "scored": _place(latest / "scored.csv"),
+        "quarantine": f"{_place(quarantine)} ({summary.quarantined} rows)" if summary.quarantined else "",
+        "MLflow": f"{mlflow}  [dim]run {summary.run_id}[/]",
+        "Prefect": pages["prefect"].url if "prefect" in pages else own.prefect_url or "titanic up",
+    }
     console.print()
-    console.print(where)
+    for name, place in where.items():
+        if place:
+            console.print(f"  {name:11} {place}")
     hits = f", {summary.hits} of {len(summary.results)} steps recalled" if summary.hits else ""
     console.print(
         f"\n[dim]{summary.seconds:.1f} s{hits}.[/] Next: "

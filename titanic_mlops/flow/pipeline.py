@@ -310,7 +310,7 @@ def _warm(jobs: list[Job], settings: Settings, force: bool) -> None:
     if kernel_name(settings) == KERNEL_NAME and (force or len(recallable(jobs, settings)) < len(jobs)):
         warm_up()
 
-
+# %% ../../nbs/04_flow/04_pipeline.ipynb #f372e401
 def run_pipeline(
     config: RunConfig,
     settings: Settings,
