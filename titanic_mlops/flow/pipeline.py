@@ -247,13 +247,13 @@ def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
     from prefect.task_runners import ThreadPoolTaskRunner
 
     done: dict[str, Result] = {}
+    pending: dict[str, tuple[Job, Key]] = {}
+    inputs = lambda job: {other.name: done[other.name] for other in needs(job, jobs)}
 
     def body(name: str, key: str) -> str:
         job, own = pending[name]
-        done[name] = _do(run, job, own, {other.name: done[other.name] for other in needs(job, jobs)})
+        done[name] = _do(run, job, own, inputs(job))
         return str(done[name].folder)
-
-    pending: dict[str, tuple[Job, Key]] = {}
 
     @flow(
         name="titanic",
@@ -267,7 +267,7 @@ def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
             ready = [job for job in waiting if all(other.name in done for other in needs(job, jobs))]
             futures = {}
             for job in ready:
-                digests = {other.name: done[other.name].digest for other in needs(job, jobs)}
+                digests = {name: result.digest for name, result in inputs(job).items()}
                 key = key_of(job, digests | extra_inputs(job, run.settings))
                 pending[job.name] = (job, key)
                 known = None if run.force else recall(job, key, run.settings.store)
@@ -288,9 +288,7 @@ def _flow(run: _Run, jobs: list[Job]) -> dict[str, Result]:
                     run.stop.press()
                     raise
                 if name not in done:  # Prefect knew the result: on record it goes all the same
-                    done[name] = _do(
-                        run, job, key, {other.name: done[other.name] for other in needs(job, jobs)}
-                    )
+                    done[name] = _do(run, job, key, inputs(job))
             waiting = [job for job in waiting if job not in ready]
 
     where = {  # Prefect reads its environment once, and this process may have run before
