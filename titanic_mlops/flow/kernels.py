@@ -900,7 +900,7 @@ def _exchange(folder: Path, key: str, message: dict[str, Any]) -> dict[str, Any]
     finally:
         channel.close()
 
-# %% ../../nbs/04_flow/00_kernels.ipynb #6dc21f13
+# %% ../../nbs/04_flow/00_kernels.ipynb #21517de7
 def parents() -> list[ParentInfo]:
     "The parents of this user, oldest first."
     found, folder = [], _runtime_folder()
@@ -915,11 +915,14 @@ def parents() -> list[ParentInfo]:
 
 def shutdown_parents(
     timeout: float = 10.0,  # seconds until a parent that does not leave is killed
-) -> int:  # how many there were
-    "Send all parents of this user home; their kernels end."
+    idle_only: bool = False,  # leave alone those that somebody uses, or waits for
+) -> int:  # how many were sent
+    "Send the parents of this user home; their kernels end."
     folder, leaving = _runtime_folder(), {}
     for file in folder.glob("*.lock"):
         if pid := _holder(file):
+            if idle_only and (_exchange(folder, file.stem, {"do": "about"}) or {"kernels": 1})["kernels"]:
+                continue
             leaving[file] = pid
             if not _exchange(folder, file.stem, {"do": "leave"}) and _holder(file) == pid:
                 with contextlib.suppress(ProcessLookupError):

@@ -178,7 +178,7 @@ def down(
         from titanic_mlops.flow.kernels import shutdown_parents
     except ImportError:
         return stopped
-    return stopped + ["warm kernels"] * bool(shutdown_parents())
+    return stopped + ["warm kernels"] * bool(shutdown_parents(idle_only=True))
 
 
 def _stop(pid: int, patience: float = 10.0) -> None:
