@@ -102,6 +102,31 @@ def test_the_champion_is_in_the_registry_and_answers(finished):
     assert 0 < p < 0.3
 
 
+@pytest.mark.parametrize("candidate", ["logistic", "boosting"])
+def test_a_model_gives_the_same_graph_in_every_process(finished, candidate: str):
+    own, _ = finished
+    code = """
+import json, sys
+from pathlib import Path
+from titanic_mlops import bundle, store, train
+folder = Path(sys.argv[1])
+with_deck = json.loads((folder / "candidate.json").read_text())["with_deck"]
+print(store.digest(bundle.to_onnx(train.load_model(folder / "model.skops"), with_deck)))
+"""
+    folder = own.first[f"train.{candidate}"]
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(folder)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert len(said) == 1
+
+
 def test_prefect_knows_the_run_by_name(finished):
     own, _ = finished
     address = json.loads((own.store / "services" / "prefect.json").read_text())["url"]

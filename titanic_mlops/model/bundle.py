@@ -46,6 +46,9 @@ def to_onnx(
         options={id(model): {"zipmap": False}},
     )
     graph.doc_string = ""
+    imports = sorted(graph.opset_import, key=lambda one: one.domain)  # a set's order hangs on the process
+    del graph.opset_import[:]
+    graph.opset_import.extend(imports)
     return graph.SerializeToString(deterministic=True)
 
 # %% ../../nbs/03_model/03_bundle.ipynb #1287dea0
