@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,9 @@ QUIET = {
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 os.environ.update(QUIET)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a job in the background ignores it, and its children would
 
 
 @pytest.fixture

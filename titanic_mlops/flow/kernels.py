@@ -240,6 +240,11 @@ def _inheritance() -> dict[str, Any]:
         "umask": int(next((line.split()[1] for line in status if line.startswith("Umask:")), "22"), 8),
         "processors": sorted(os.sched_getaffinity(0)),
         "priority": os.getpriority(os.PRIO_PROCESS, 0),
+        "ignored": [
+            int(number)
+            for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
+            if signal.getsignal(number) is signal.SIG_IGN  # as nohup has it
+        ],
         "limits": {name: resource.getrlimit(getattr(resource, name)) for name in names},
     }
 
@@ -249,6 +254,8 @@ def _inherit(said: dict[str, Any]) -> None:
     import resource
 
     os.umask(said["umask"])
+    for number in said["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, said["processors"])
     with contextlib.suppress(OSError):
