@@ -53,7 +53,7 @@ def run(
 def prepare() -> None:
     "Run the steps up to the registry, so that step notebooks find their inputs and say nothing of having made them."
     print("notebooks: preparing the inputs of the pipeline's notebooks", flush=True)
-    from titanic_mlops.flow.steps import prepare_inputs
+    from titanic_mlops.flow.execution import prepare_inputs
 
     with contextlib.redirect_stdout(None):
         prepare_inputs("promote")

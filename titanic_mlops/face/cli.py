@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'console', 'main', 'run', 'report', 'steps', 'config', 'up', 'down', 'doctor']
 
-# %% ../../nbs/05_face/01_cli.ipynb #b0f51a6b
+# %% ../../nbs/05_face/01_cli.ipynb #e2b16751
 import os
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,11 +31,14 @@ app = typer.Typer(
 )
 console = Console(highlight=False, soft_wrap=True)
 
-# %% ../../nbs/05_face/01_cli.ipynb #0fa64ae5
+# %% ../../nbs/05_face/01_cli.ipynb #a3cba12f
 _SIGNS = {
     "planned": "[dim]·[/]",
+    "waiting": "[dim]…[/]",
     "started": "[yellow]▸[/]",
     "cell": "[yellow]▸[/]",
+    "alive": "[yellow]▸[/]",
+    "notice": "[yellow]![/]",
     "finished": "[green]✓[/]",
     "hit": "[cyan]=[/]",
     "failed": "[red]✗[/]",
@@ -43,18 +46,26 @@ _SIGNS = {
 
 
 class _Board:
-    "The latest event of each job, as a table."
+    "The latest event of each job, as a table; in a sweep only those of jobs that are at it."
 
-    def __init__(self) -> None:
+    def __init__(self, only_busy: bool = False) -> None:
         self.jobs: dict[str, Event] = {}
+        self.notices: list[str] = []
+        self.only_busy = only_busy
 
     def __call__(self, event: "Event") -> None:
-        self.jobs[event.job] = event
+        if event.kind == "notice":
+            self.notices.append(event.text)
+        else:
+            self.jobs[event.job] = event
 
     def __rich__(self) -> Table:
         table = Table.grid(padding=(0, 2))
         for event in self.jobs.values():
-            table.add_row(f"  {_SIGNS[event.kind]}", event.job, _state(event))
+            if not self.only_busy or event.kind not in ("planned", "hit", "finished"):
+                table.add_row(f"  {_SIGNS[event.kind]}", event.job, _state(event))
+        for text in self.notices:
+            table.add_row(f"  {_SIGNS['notice']}", "", text)
         return table
 
 
@@ -62,32 +73,38 @@ def _state(event: "Event") -> str:
     "An event in a few words."
     from rich.markup import escape
 
-    if event.kind == "cell":
-        return f"[dim]cell {event.cell}/{event.cells}[/]  {escape(event.text.lstrip('# ')[:60])}"
-    if event.kind == "finished":
-        return f"[dim]{event.seconds:.1f} s[/]"
-    if event.kind == "hit":
-        return f"[dim]unchanged, recalled ({event.seconds:.1f} s saved)[/]"
-    return {"planned": "", "started": "[dim]starting a kernel[/]", "failed": "[red]failed[/]"}[event.kind]
+    text = escape(event.text)
+    if event.kind in ("cell", "alive"):
+        since = f"  [yellow]{event.seconds:.0f} s[/]" if event.kind == "alive" else ""
+        return f"[dim]cell {event.cell}/{event.cells}[/]  {escape(event.text.lstrip('# ')[:60])}{since}"
+    return {
+        "planned": "",
+        "waiting": f"[dim]waiting: {text}[/]",
+        "started": "[dim]starting a kernel[/]" + (f"  {text}" if text else ""),
+        "finished": f"[dim]{event.seconds:.1f} s[/]",
+        "hit": f"[dim]unchanged, recalled from run {text[:8] or '(by hand)'} ({event.seconds:.1f} s saved)[/]",
+        "notice": text,
+        "failed": "[red]failed[/]",
+    }[event.kind]
 
 
 def _say_plainly(event: "Event") -> None:
     "One line for each event, and for each cell that begins a section."
-    if event.kind in ("planned",) or (event.kind == "cell" and not event.text.startswith("#")):
+    if event.kind == "planned" or (event.kind == "cell" and not event.text.startswith("#")):
         return
     console.print(f"  {_SIGNS[event.kind]} {event.job:18} {_state(event)}")
 
 
 @contextmanager
-def _painted() -> Any:
+def _painted(sweep: bool = False) -> Any:
     "A listener that shows a run as it goes."
     if not console.is_terminal:
         yield _say_plainly
         return
     from rich.live import Live
 
-    board = _Board()
-    with Live(board, console=console, refresh_per_second=8):
+    board = _Board(sweep)
+    with Live(board, console=console, refresh_per_second=8, transient=sweep):
         yield board
 
 # %% ../../nbs/05_face/01_cli.ipynb #79501e0b
@@ -229,7 +246,7 @@ def _require_pipeline() -> None:
 
     importlib.invalidate_caches()
 
-# %% ../../nbs/05_face/01_cli.ipynb #5c4031e0
+# %% ../../nbs/05_face/01_cli.ipynb #a260f2a9
 @app.command()
 def run(
     overrides: Annotated[
@@ -237,30 +254,70 @@ def run(
         typer.Argument(help="Hydra overrides: seed=3 model=logistic source=mine.csv", show_default=False),
     ] = None,
     multirun: Annotated[bool, typer.Option("-m", "--multirun", help="sweep: -m seed=1,2,3")] = False,
-    force: Annotated[bool, typer.Option(help="run every step, whatever is known")] = False,
+    from_step: Annotated[
+        str, typer.Option("--from", help="run this step and those after it, whatever is known")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="run every step, whatever is known")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say which steps would run, and why")] = False,
 ) -> None:
     "Run the pipeline: ingest, validate, train, evaluate, promote, score, report."
     _require_pipeline()
     from titanic_mlops.flow.configuration import load
 
     configs = load(overrides or [], multirun)
-    console.print("[dim]loading Prefect and MLflow ...[/]")
-    from titanic_mlops.flow.pipeline import run_pipeline
-    from titanic_mlops.flow.services import prefect_api
+    own = [settings(**config.profile.settings) for config in configs]
+    from titanic_mlops.flow.pipeline import run_pipeline, steps_from
 
-    summaries = []
-    with ExitStack() as shared:
-        for number, config in enumerate(configs, 1):
-            own = settings(**config.profile.settings)
-            if len(configs) > 1:
-                if number == 1:  # all runs of a sweep use one Prefect API
-                    shared.enter_context(prefect_api(own)).wait()
-                console.print(f"\n[bold]run {number} of {len(configs)}[/]  {_told_apart(config)}")
-            with _painted() as listener:
-                summaries.append(run_pipeline(config, own, listener, force))
-    if len(configs) > 1:
-        _show_sweep(configs, summaries)
-    _show_summary(summaries[-1], own)
+    again = steps_from("ingest" if force else from_step)
+    if dry_run:
+        for config, place in zip(configs, own, strict=True):
+            _show_outlook(config, place, again, len(configs) > 1)
+    elif len(configs) > 1:
+        _sweep(configs, own, again)
+    else:
+        with _painted() as listener:
+            summary = run_pipeline(configs[0], own[0], listener, again)
+        _show_summary(summary, own[0])
+
+
+def _show_outlook(config: Any, own: Settings, again: set[str], sweep: bool) -> None:
+    "What a run would do, and why."
+    from rich.markup import escape
+
+    from titanic_mlops.flow.pipeline import dry_run
+
+    if sweep:
+        console.print(f"\n{_told_apart(config)}")
+    signs = {"recall": "[cyan]=[/]", "run": "[yellow]▸[/]", "wait": "[dim]?[/]"}
+    words = {"recall": "would be recalled", "run": "would run", "wait": "may run"}
+    for o in dry_run(config, own, again):
+        console.print(f"  {signs[o.fate]} {o.job.name:18} {words[o.fate]:18} [dim]{escape(o.why)}[/]")
+
+
+def _sweep(configs: list[Any], own: list[Settings], again: set[str]) -> None:
+    "Run several configurations side by side, and show them side by side."
+    from dataclasses import replace
+
+    from titanic_mlops.flow.pipeline import run_sweep
+
+    with _painted(sweep=True) as listener:
+        listeners = [
+            lambda event, n=n: listener(replace(event, job=f"{n} {event.job}"))
+            for n in range(1, len(own) + 1)
+        ]
+        for n, config in enumerate(configs, 1):
+            console.print(f"[bold]run {n}[/]  {_told_apart(config)}")
+        ends = run_sweep(configs, own, listeners, again)
+    good = [
+        (config, end) for config, end in zip(configs, ends, strict=True) if not isinstance(end, BaseException)
+    ]
+    if good:
+        _show_sweep([config for config, _ in good], [end for _, end in good])
+        _show_summary(good[-1][1], own[-1])
+    failed = [end for end in ends if isinstance(end, BaseException)]
+    if failed:
+        console.print(f"\n{len(failed)} of {len(ends)} runs failed; the first:")
+        raise failed[0]
 
 
 def _told_apart(config: Any) -> str:
@@ -284,7 +341,7 @@ def _show_sweep(configs: list[Any], summaries: list["Summary"]) -> None:
     console.print()
     console.print(table)
 
-# %% ../../nbs/05_face/01_cli.ipynb #9409c0c6
+# %% ../../nbs/05_face/01_cli.ipynb #7949714f
 @app.command()
 def report(
     output: Annotated[
@@ -306,18 +363,15 @@ def report(
 @app.command()
 def steps() -> None:
     "List the steps with their parameters, types, defaults and meanings."
-    from titanic_mlops.flow.steps import NEEDS, notebook_of, parameters_model
+    from titanic_mlops.flow.steps import NEEDS, notebook_of, parameters_model, type_name, unread_parameters
 
     for step in NEEDS:
         console.print(f"[bold]{step}[/]  [dim]{_place(notebook_of(step))}[/]")
-        table = Table.grid(padding=(0, 2))
+        table, idle = Table.grid(padding=(0, 2)), unread_parameters(notebook_of(step))
         for name, f in parameters_model(notebook_of(step)).model_fields.items():
-            kind = (
-                getattr(f.annotation, "__name__", "")
-                if not getattr(f.annotation, "__args__", None)
-                else str(f.annotation).replace("typing.", "")
-            )
-            table.add_row(f"  {name}", kind.replace("[", r"\["), repr(f.default), f"[dim]{f.description}[/]")
+            kind = type_name(f).replace("[", r"\[")
+            unread = " [yellow](read nowhere in the notebook)[/]" if name in idle else ""
+            table.add_row(f"  {name}", kind, repr(f.default), f"[dim]{f.description}[/]{unread}")
         console.print(table)
 
 

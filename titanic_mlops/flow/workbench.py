@@ -133,8 +133,8 @@ def open_step(
         said = json.loads((Path(prepared) / "step.json").read_text())
         if said["step"] == name:
             return Step(name, Path(prepared), said["inputs"], settings(), said.get("context"))
-    steps = importlib.import_module("titanic_mlops.flow.steps")
-    inputs = steps.prepare_inputs(name)
+    execution = importlib.import_module("titanic_mlops.flow.execution")
+    inputs = execution.prepare_inputs(name)
     return Step(
         name, settings().store / "workbench" / name, {k: str(v) for k, v in inputs.items()}, settings()
     )

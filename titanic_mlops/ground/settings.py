@@ -73,6 +73,7 @@ class Settings(BaseSettings):
     prefect_url: Annotated[str, Field(description="Prefect API; empty: a local server")] = ""
     openml_url: Annotated[str, Field(description="address of the OpenML API")] = "https://www.openml.org"
     workers: Annotated[int, Field(ge=1, le=64, description="steps that run side by side")] = 2
+    cell_timeout: Annotated[int, Field(ge=0, description="seconds that a cell may run; 0: no limit")] = 3600
     kernel: Annotated[str, Field(description="Jupyter kernel of the steps; empty: the best there is")] = ""
     log_level: Annotated[
         str, Field(pattern="^(debug|info|warning|error)$", description="least severity logged")
