@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNEL_NAME', 'PRELOAD', 'WarmProvisioner', 'install_kernelspec', 'warm_up', 'ParentInfo', 'parents',
-           'shutdown_parents']
+           'shutdown_parents', 'run_warm']
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #d0dc39d8
 import asyncio
@@ -317,7 +317,7 @@ def _reset_libraries(
         if count and count != pool.num_threads:
             pool.set_num_threads(count)
 
-# %% ../../nbs/04_flow/00_kernels.ipynb #d6e3d1af
+# %% ../../nbs/04_flow/00_kernels.ipynb #5cd92acf
 def _run_kernel(
     arguments: list[str],  # such as `-f connection.json`
 ) -> int:  # exit code
@@ -333,6 +333,19 @@ def _run_kernel(
         app.initialize(arguments)
         vars(ipkernel)["sys"] = sys
         app.start()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _run_code(
+    code: str,
+    arguments: list[str],
+) -> int:  # exit code
+    "Be `python -c code arguments`."
+    sys.argv = ["-c", *arguments]
+    try:
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
@@ -357,7 +370,8 @@ def _become_kernel(
         sys.orig_argv = request["argv"]
         _reset_libraries(pools)
         gc.enable()
-        code = _run_kernel(request["argv"][3:])
+        _, way, what, *arguments = request["argv"]
+        code = _run_kernel(arguments) if way == "-m" else _run_code(what, arguments)
         threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads of the notebook
         atexit._run_exitfuncs()
     except BaseException:
@@ -722,7 +736,7 @@ class _ForkedProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-# %% ../../nbs/04_flow/00_kernels.ipynb #4d4ee9bf
+# %% ../../nbs/04_flow/00_kernels.ipynb #451962a9
 def _reason_for_cold(
     cmd: list[str],
     options: Mapping[str, Any],  # for the process: `env`, `cwd`, `stdout` ...
@@ -733,7 +747,7 @@ def _reason_for_cold(
         return "TITANIC_WARM is 0"
     if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
         return "it takes Linux to fork kernels"
-    if cmd[:3] != [sys.executable, "-m", "ipykernel_launcher"]:
+    if cmd[:2] != [sys.executable, "-c"] and cmd[:3] != [sys.executable, "-m", "ipykernel_launcher"]:
         return f"the command is not {sys.executable} -m ipykernel_launcher"
     known = {"env", "cwd", "stdin", "stdout", "stderr", "independent", "kernel_id", "extra_arguments"}
     if unknown := sorted(name for name, value in options.items() if name not in known and value):
@@ -942,3 +956,29 @@ def shutdown_parents(
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
     return len(leaving)
+
+# %% ../../nbs/04_flow/00_kernels.ipynb #78d5d425
+def run_warm(
+    code: str,  # as after `python -c`
+    arguments: Iterable[str] = (),
+    timeout: float = 60.0,  # seconds
+    preload: Iterable[str] = PRELOAD,
+) -> int | None:  # the exit code; None: there is no parent that is ready
+    "Run code in a fork of a parent, if there is one; what it prints is dropped. Raises `subprocess.TimeoutExpired`."
+    command, preload = [sys.executable, "-c", code, *arguments], list(preload)
+    options = {"env": dict(os.environ), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if _reason_for_cold(command, options, preload):
+        return None
+    try:
+        channel = _connect(_runtime_folder(), _key(_recipe(preload, os.environ)))
+        if channel is None:
+            return None
+        channel.close()
+        process = asyncio.run(_fork_process(command, options, preload, 1.0))
+    except (_Cold, OSError):
+        return None
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
