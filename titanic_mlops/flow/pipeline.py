@@ -339,7 +339,7 @@ def _record_in_fork(
             return json.loads(file.read_text())["run_id"]
     return None
 
-# %% ../../nbs/04_flow/07_pipeline.ipynb #ec6b6b28
+# %% ../../nbs/04_flow/07_pipeline.ipynb #03d7391b
 def _replay(
     config: RunConfig,
     settings: Settings,
@@ -357,12 +357,15 @@ def _replay(
     try:
         if run_id is None:
             run_id = _record_recalled(*arguments)
-        if "prefect" in up and run_id:
-            tell_prefect(f"{up['prefect'].url}/api", f"titanic {run_id[:8]}", results.values())
     except StoreError:  # a server that is about to go, say: the long way says it better
         return None
     if not run_id:
         return None
+    if "prefect" in up:
+        try:
+            tell_prefect(f"{up['prefect'].url}/api", f"titanic {run_id[:8]}", results.values())
+        except StoreError as error:
+            listener(Event("notice", text=f"Prefect was not told: {error}"))
     log = _log(settings, run_id)
     for result in results.values():
         event = Event("hit", result.job.name, text=result.origin, seconds=result.manifest["seconds"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Books', 'MlflowBooks', 'RestBooks', 'git_commit', 'flat', 'Tracker', 'tell_prefect']
 
-# %% ../../nbs/04_flow/06_records.ipynb #10de9bd0
+# %% ../../nbs/04_flow/06_records.ipynb #d6098d66
 import http.client
 import json
 import os
@@ -14,7 +14,6 @@ import subprocess
 import time
 import urllib.parse
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -279,15 +278,14 @@ class Tracker:
         self.books.log(run_id, tags={"titanic.error": str(error)[:4000]})
         self.books.end(run_id, "FAILED")
 
-# %% ../../nbs/04_flow/06_records.ipynb #942caf51
+# %% ../../nbs/04_flow/06_records.ipynb #43ae7017
 def tell_prefect(
     url: str,  # of the API, such as http://127.0.0.1:4200/api
     name: str,  # of the flow run
     recalled: Iterable[Result],
 ) -> str:  # id of the flow run
     "Put a run of recalled jobs on record in Prefect. Raises `StoreError` if the server does not take it."
-    api, now = _Json(url), datetime.now(UTC).isoformat()
-    done = {"type": "COMPLETED", "timestamp": now}
+    api, done = _Json(url), {"type": "COMPLETED"}
     flow = api.ask("POST", "/flows/", name="titanic")["id"]
     run = api.ask(
         "POST",
