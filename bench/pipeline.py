@@ -1,7 +1,8 @@
 """`titanic run` beside a plain script that does the same fitting and MLflow logging without notebooks.
 
-Whole processes, each on an empty store, in turn; then `titanic run` once more with nothing changed. Prints
-both and the ratio; `--json FILE` appends a line that documents can cite. Overrides go to both.
+Whole processes, one after the other, each round on empty stores: the script; `titanic run` from nothing at all, and with the
+parent of the warm kernels there; the same once more with nothing changed, with that parent, without it, and with
+`titanic up`. Prints medians and ratios; `--json FILE` appends a line that documents can cite. Overrides go to all.
 """
 
 import argparse
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent / "baselines" / "pipeline_script.py"
-TITANIC = Path(sys.executable).parent / "titanic"
+TITANIC = str(Path(sys.executable).parent / "titanic")
+IMPORTS = "from prefect import flow, task; from prefect.task_runners import ThreadPoolTaskRunner"
 
 
 def seconds(command: list[str], store: Path) -> float:
@@ -29,47 +32,72 @@ def seconds(command: list[str], store: Path) -> float:
     return took
 
 
+def wait_for_parent() -> None:
+    "Have a parent that is ready."
+    from titanic_mlops.flow.kernels import parents, warm_up
+
+    warm_up()
+    while not any(parent.preloads for parent in parents()):
+        time.sleep(0.2)
+
+
+def one_round(folder: Path, overrides: list[str], times: dict[str, list[float]]) -> None:
+    "Measure everything once."
+    run, a, b = [TITANIC, "run", *overrides], folder / "a", folder / "b"
+    seconds([TITANIC, "down"], a)  # no parent is left over from the round before
+    times["script"].append(
+        seconds([sys.executable, str(SCRIPT), str(folder / "s"), *overrides], folder / "s")
+    )
+    times["nothing is running"].append(seconds(run, a))
+    wait_for_parent()
+    times["a warm parent"].append(seconds(run, b))
+    times["unchanged, a warm parent"].append(seconds(run, b))
+    seconds([TITANIC, "down"], b)
+    times["unchanged, nothing is running"].append(seconds(run, b))
+    seconds([TITANIC, "up"], b)
+    times["unchanged, titanic up"].append(seconds(run, b))
+    seconds([TITANIC, "down"], b)
+    times["imports"].append(seconds([sys.executable, "-c", IMPORTS], b))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=3, help="runs of each, the median counts")
+    parser.add_argument("--runs", type=int, default=3, help="rounds, the median counts")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one line")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as cv.folds=3")
     arguments = parser.parse_args()
 
-    script, first, again = [], [], []
+    times: dict[str, list[float]] = defaultdict(list)
     for _ in range(arguments.runs):
         with tempfile.TemporaryDirectory(prefix="titanic-bench-") as name:
-            # no kernel parent is left over from the run before: the first run pays for its start
-            subprocess.run(
-                [str(TITANIC), "down"], env={**os.environ, "TITANIC_STORE": name}, capture_output=True
-            )
-            script.append(
-                seconds([sys.executable, str(SCRIPT), f"{name}/a", *arguments.overrides], Path(name, "a"))
-            )
-            first.append(seconds([str(TITANIC), "run", *arguments.overrides], Path(name, "b")))
-            again.append(seconds([str(TITANIC), "run", *arguments.overrides], Path(name, "b")))
-    baseline = statistics.median(script)
-    print(f"median of {arguments.runs:<21} {'script':>9} {'titanic':>9} {'ratio':>7}")
+            one_round(Path(name), arguments.overrides, times)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    first = median["nothing is running"]
+    rows = [
+        ("empty store, nothing is running", median["script"], first),
+        ("empty store, a warm parent", median["script"], median["a warm parent"]),
+    ]
+    rows += [(name, first, value) for name, value in median.items() if name.startswith("unchanged")]
+    print(f"median of {arguments.runs:<25} {'baseline':>9} {'titanic':>9} {'ratio':>7}")
     figures = []
-    for name, times in (("empty store", first), ("nothing changed", again)):
-        ours = statistics.median(times)
-        print(f"{name:<31} {baseline:9.1f} {ours:9.1f} {ours / baseline:6.2f}x  s")
+    for name, baseline, ours in rows:
+        what = "the script" if name.startswith("empty") else "its first run"
+        print(f"{name:<35} {baseline:9.1f} {ours:9.1f} {ours / baseline:6.2f}x  s, baseline: {what}")
         figures.append(
-            {
-                "name": name,
-                "unit": "s",
-                "baseline": round(baseline, 2),
-                "ours": round(ours, 2),
-                "ratio": round(ours / baseline, 3),
-            }
+            {"name": name, "unit": "s", "baseline": round(baseline, 2), "ours": round(ours, 2)}
+            | {"ratio": round(ours / baseline, 3)}
         )
+    beyond = median["unchanged, titanic up"] - median["imports"]
+    print(
+        f"unchanged, titanic up: {beyond:+.1f} s beyond Python and the import of Prefect's client ({median['imports']:.1f} s)"
+    )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         with arguments.json.open("a") as file:
             said = {"bench": "pipeline", "at": int(time.time()), "cpus": os.cpu_count(), "figures": figures}
-            file.write(json.dumps(said) + "\n")
+            file.write(json.dumps(said | {"runs": arguments.runs, "beyond_imports": round(beyond, 2)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def run(
             summary = run_pipeline(configs[0], own[0], listener, again)
         _show_summary(summary, own[0])
 
-
+# %% ../../nbs/05_face/01_cli.ipynb #daf979db
 def _show_outlook(config: Any, own: Settings, again: set[str], sweep: bool) -> None:
     "What a run would do, and why."
     from rich.markup import escape

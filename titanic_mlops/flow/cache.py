@@ -311,7 +311,7 @@ def extra_inputs(
         return {"registry": digest(f"{settings.tracking_uri} {settings.mlflow_model}".encode())}
     return {}
 
-
+# %% ../../nbs/04_flow/04_cache.ipynb #cfdd43f9
 @dataclass(frozen=True)
 class Outlook:
     "What a run would do with a job."

@@ -132,7 +132,7 @@ def _execute(
             "raise the limit: TITANIC_CELL_TIMEOUT (0: none), or cell_timeout in settings.ini",
         ) from error
 
-
+# %% ../../nbs/04_flow/05_execution.ipynb #bf5868b0
 def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Stop) -> type:
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine

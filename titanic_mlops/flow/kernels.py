@@ -350,7 +350,7 @@ def _run_code(
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
-
+# %% ../../nbs/04_flow/00_kernels.ipynb #605fc3dc
 def _become_kernel(
     request: dict[str, Any],
     files: list[int],

@@ -1,0 +1,334 @@
+"""The engine under load and under fire: what runs again and why, what runs once, and what happens when something is killed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from checkout import QUICK, ROOT, Checkout, checkout
+
+from titanic_mlops.flow.kernels import parents
+
+pytestmark = pytest.mark.long
+
+
+# --- what runs again, and why
+
+
+@pytest.fixture(scope="module")
+def forked(finished, tmp_path_factory: pytest.TempPathFactory):
+    "A copy of the checkout that may be edited, on a store in which everything was run. Returns what a dry run says."
+    own: Checkout = finished[0]
+    place = tmp_path_factory.mktemp("forked")
+    for name in ("titanic_mlops", "nbs", "requirements"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "settings.ini", place)
+
+    def dry_run(*arguments: str) -> dict[str, str]:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from titanic_mlops.face.cli import main; main()",
+                "run",
+                "--dry-run",
+                *arguments,
+            ],
+            env=own.environment(PYTHONPATH=str(place)),
+            cwd=own.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {line.split()[1]: line for line in done.stdout.splitlines() if line.strip()}
+
+    return place, dry_run
+
+
+def fates(said: dict[str, str]) -> dict[str, str]:
+    return {job: line.split()[0] for job, line in said.items()}
+
+
+def edited(file: Path, old: str, new: str):
+    "A file in which `old` is `new`, until the block ends."
+    from contextlib import contextmanager
+
+    @contextmanager
+    def edit():
+        before = file.read_text()
+        assert old in before, old
+        file.write_text(before.replace(old, new, 1))
+        try:
+            yield
+        finally:
+            file.write_text(before)
+
+    return edit()
+
+
+def test_nothing_runs_for_prose_a_comment_or_an_unrelated_module(forked):
+    place, dry_run = forked
+    package, notebook = place / "titanic_mlops", place / "nbs" / "pipeline" / "03_train.ipynb"
+    with (
+        edited(package / "model" / "train.py", "import ", "# a comment\nimport "),
+        edited(package / "model" / "train.py", '"""', '"""Another docstring. '),
+        edited(package / "flow" / "services.py", "MIN_FREE = 200e6", "MIN_FREE = 201e6"),
+        edited(notebook, "# Train", "# How to train"),
+    ):
+        assert set(fates(dry_run()).values()) == {"="}
+
+
+def test_an_edited_helper_runs_what_uses_it_and_says_so(forked):
+    place, dry_run = forked
+    with edited(place / "titanic_mlops" / "model" / "train.py", "def fit(", "X = 1\n\n\ndef fit("):
+        said = dry_run()
+    assert fates(said)["ingest"] == fates(said)["validate"] == "="
+    for job in ("train.logistic", "train.boosting"):
+        assert fates(said)[job] == "▸" and "module model.train changed" in said[job]
+    assert fates(said)["score"] == "?"  # it hangs on whether the champion comes out the same
+
+
+def test_an_edited_cell_a_parameter_and_a_step_that_is_asked_for(forked):
+    place, dry_run = forked
+    with edited(place / "nbs" / "pipeline" / "06_score.ipynb", "probability", "probability_"):
+        said = dry_run()
+    assert "the notebook's code changed" in said["score"] and fates(said)["promote"] == "="
+    said = dry_run("seed=5")
+    assert "seed 1912 → 5" in said["train.boosting"] and fates(said)["validate"] == "="
+    said = dry_run("--from", "evaluate")
+    assert (
+        fates(said)["train.boosting"] == "="
+        and "as asked" in said["evaluate"]
+        and "as asked" in said["report"]
+    )
+
+
+def test_a_parameter_that_nothing_reads_is_reported(forked, finished):
+    place, _ = forked
+    own: Checkout = finished[0]
+    notebook = place / "nbs" / "pipeline" / "06_score.ipynb"
+    with edited(notebook, "threshold: float", "idle: int = 3\\nthreshold: float"):
+        done = subprocess.run(
+            [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "steps"],
+            env=own.environment(PYTHONPATH=str(place)),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    [line] = [line for line in done.stdout.splitlines() if line.split()[:1] == ["idle"]]
+    assert "read nowhere" in line
+    assert done.stdout.count("read nowhere") == 1
+
+
+def test_a_parameters_cell_that_cannot_be_parsed(forked, finished):
+    place, _ = forked
+    own: Checkout = finished[0]
+    notebook = place / "nbs" / "pipeline" / "06_score.ipynb"
+    with edited(notebook, "threshold: float = 0.5", "threshold: float = = 0.5"):
+        done = subprocess.run(
+            [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "run"],
+            env=own.environment(PYTHONPATH=str(place)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "06_score.ipynb, cell 4, line 1" in done.stderr, done.stderr
+
+
+def test_from_a_step_that_there_is_not(fresh: Checkout):
+    done = fresh.titanic("run", "--from", "trian")
+    assert done.returncode == 2 and "did you mean 'train'?" in done.stderr
+
+
+# --- what is killed
+
+
+def wait_for(own: Checkout, what: str, job: str, seen: int = 0, seconds: float = 200) -> float:
+    "Return when the log says so, from its line `seen` on."
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for event in own.events()[seen:]:
+            if event.get("message", event.get("event")) == what and event.get("job") == job:
+                return time.monotonic()
+        time.sleep(0.05)
+    raise AssertionError(f"{what} of {job} did not come within {seconds} s")
+
+
+def stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+
+
+def kernels_of(own: Checkout) -> list[int]:
+    "Kernels that work in the folder of this store's runs."
+    found, homes = [], {parent.pid for parent in parents()}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(stat(int(folder.name))[1]) in homes and os.readlink(folder / "cwd") == str(own.folder):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def servers_of(own: Checkout) -> list[int]:
+    "Temporary Prefect servers of this store."
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+            if (
+                b"prefect\0server\0start" in line
+                and str(own.store).encode() in (folder / "environ").read_bytes()
+            ):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    "A store in which the steps before training were run, and nothing else."
+    own = checkout(tmp_path_factory.mktemp("validated"))
+    run = own.start("run", *QUICK)
+    wait_for(own, "job started", "train.boosting")
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    return own
+
+
+@pytest.mark.parametrize("whom", ["kernel", "parent"])
+def test_a_dead_kernel_fails_its_step_within_five_seconds(validated: Checkout, whom: str):
+    own, seen = validated, len(validated.events())
+    run = own.start("run", "model=boosting", "cv.repeats=20", "seed=77")
+    wait_for(own, "job cell", "train.boosting", seen)
+    deadline = time.monotonic() + 20
+    while (
+        not any(e.get("text", "").startswith("oof") for e in own.events()[seen:])
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    time.sleep(1)
+    [kernel] = kernels_of(own)
+    os.kill(kernel if whom == "kernel" else int(stat(kernel)[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    assert wait_for(own, "job failed", "train.boosting", seen) - killed < 5
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 2, said
+    assert "the kernel died: killed (signal 9)" in said and "cell" in said and "titanic run again" in said
+    kept = Path(next(line for line in said.splitlines() if "kept:" in line).split("kept:")[1].strip())
+    marked = [
+        out["evalue"]
+        for cell in json.loads((kept / "notebook.ipynb").read_text())["cells"]
+        for out in cell.get("outputs", [])
+        if out["output_type"] == "error"
+    ]
+    assert len(marked) == 1 and "the kernel died" in marked[0]
+
+
+def test_a_cell_may_not_run_for_ever(validated: Checkout):
+    done = validated.titanic("run", "model=boosting", "cv.repeats=20", "seed=78", TITANIC_CELL_TIMEOUT="2")
+    assert done.returncode == 2
+    assert "ran for more than 2 s" in done.stderr and "TITANIC_CELL_TIMEOUT" in done.stderr
+
+
+def test_a_prefect_server_that_goes_away_does_not_take_the_run_along(validated: Checkout):
+    own, seen = validated, len(validated.events())
+    run = own.start("run", *QUICK)
+    wait_for(own, "job cell", "train.boosting", seen)
+    servers = servers_of(own)
+    assert servers
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    out, said = run.communicate(timeout=300)
+    assert run.returncode == 0, out + said
+    assert "the run goes on without it" in out
+    again = own.titanic("run", *QUICK)
+    assert "8 of 8 steps recalled" in again.stdout
+
+
+# --- what runs once
+
+
+def test_two_runs_at_once_share_the_work(fresh: Checkout):
+    first, second = fresh.start("run", *QUICK), fresh.start("run", *QUICK)
+    for run in (first, second):
+        out, said = run.communicate(timeout=400)
+        assert run.returncode == 0, out + said
+    told = Counter((e.get("message", e.get("event")), e.get("job")) for e in fresh.events())
+    jobs = {job for _, job in told if job}
+    assert len(jobs) == 8
+    assert {job: told["job started", job] for job in jobs} == dict.fromkeys(jobs, 1)
+    assert {job: told["job hit", job] for job in jobs} == dict.fromkeys(jobs, 1)
+
+
+# --- fifty kills
+
+
+def digests(own: Checkout) -> dict[str, dict[str, str]]:
+    "What the latest run's jobs gave. The registry's version and address differ from store to store."
+    facts = json.loads((own.store / "latest" / "run.json").read_text())["results"]
+    found = {
+        job: json.loads((Path(folder) / "manifest.json").read_text())["outputs"]
+        for job, folder in facts.items()
+    }
+    return {
+        job: {
+            f: d
+            for f, d in files.items()
+            if "lineage" not in f and "manifest" not in f and "registered" not in f
+        }
+        for job, files in found.items()
+        if job != "report"
+    }
+
+
+def test_runs_that_are_killed_at_random_come_to_the_same(tmp_path: Path):
+    "TITANIC_KILLS=50 for the long version; what is killed is drawn as well as when."
+    import mlflow
+
+    kills, draw = (
+        int(os.environ.get("TITANIC_KILLS", "6")),
+        random.Random(int(os.environ.get("TITANIC_SEED", "1912"))),
+    )
+    calm = checkout(tmp_path / "calm")
+    assert calm.titanic("run", *QUICK).returncode == 0
+    wanted, done, own = digests(calm), 0, checkout(tmp_path / "0")
+    while done < kills:
+        run, start = own.start("run", *QUICK), time.monotonic()
+        moment = draw.uniform(0, 45)
+        while run.poll() is None and time.monotonic() < start + moment:
+            time.sleep(0.02)
+        victims = {"run": [run.pid], "kernel": kernels_of(own), "server": servers_of(own)}
+        if run.poll() is None:
+            name = draw.choice([name for name, pids in victims.items() if pids])
+            done += 1
+            for pid in victims[name]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        out, said = run.communicate(timeout=400)
+        assert run.returncode in (0, 2, -signal.SIGKILL), out + said
+        assert "defect" not in said, said
+        if run.returncode == 0 or done == kills:  # it came through: compare, and begin again elsewhere
+            last = own.titanic("run", *QUICK)
+            assert last.returncode == 0, last.stdout + last.stderr
+            assert digests(own) == wanted
+            client = mlflow.MlflowClient(f"sqlite:///{own.store / 'mlflow.db'}")
+            assert len(client.search_model_versions("name='titanic'")) == 1
+            statuses = {r.info.status for r in client.search_runs(["1"], max_results=1000)}
+            assert statuses <= {"FINISHED", "FAILED", "KILLED"}
+            half_made = list((own.store / "steps").glob("*/.*"))
+            shutil.rmtree(own.store)
+            own = checkout(tmp_path / str(done) / str(time.monotonic_ns()))
+            assert not half_made

@@ -1,0 +1,69 @@
+"""The short way to MLflow and Prefect, over HTTP, says the same as the long one."""
+
+import json
+import urllib.request
+
+import pytest
+from checkout import Checkout
+
+from titanic_mlops import cache, records, services, steps
+from titanic_mlops.ground.errors import StoreError
+from titanic_mlops.ground.settings import Settings
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def own(finished) -> Settings:
+    checkout: Checkout = finished[0]
+    return Settings(store=checkout.store)
+
+
+def test_both_books_hold_the_same(own: Settings):
+    url = services.running(own)["mlflow"].url
+    short, long = records.RestBooks(own, url), records.MlflowBooks(own)
+    assert short.experiment() == long.experiment() and short.champion() == long.champion() != ""
+    seen = []
+    for books in (short, long):
+        run_id = books.create("tried", {"titanic.job": "ingest"})
+        assert run_id in short.open_runs() and short.open_runs() == long.open_runs()
+        books.log(run_id, {"source": "x" * 900, "seed": 7}, {"rows": 1309}, {"mood": "good"})
+        books.end(run_id, "KILLED")
+        run = long.client.get_run(run_id)
+        own_tags = {
+            k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.") or k == "mlflow.runName"
+        }
+        seen.append((run.info.status, run.data.params, run.data.metrics, own_tags))
+        assert run.info.end_time >= run.info.start_time > 1.7e12  # milliseconds
+    assert seen[0] == seen[1]
+    assert short.open_runs() == {}
+
+
+def test_a_model_that_is_not_registered_has_no_champion(own: Settings):
+    url = services.running(own)["mlflow"].url
+    other = Settings(store=own.store, mlflow_model="nobody")
+    assert records.RestBooks(other, url).champion() == records.MlflowBooks(other).champion() == ""
+
+
+def test_prefect_shows_recalled_jobs_as_cached(own: Settings):
+    url = services.running(own)["prefect"].url + "/api"
+    job = steps.Job("ingest", parameters={"source": "embedded"})
+    known = cache.Result(
+        job, own.store, {"context": {"mlflow_run": "4711"}, "metrics": {}, "outputs": {}}, True
+    )
+    run = records.tell_prefect(url, "titanic tried", [known])
+    asked = urllib.request.Request(
+        f"{url}/task_runs/filter",
+        data=json.dumps({"flow_runs": {"id": {"any_": [run]}}}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        [task] = json.load(answer)
+    assert (task["name"], task["state"]["name"]) == ("ingest", "Cached") and "4711" in task["state"][
+        "message"
+    ]
+
+
+def test_an_address_where_nobody_is(own: Settings):
+    with pytest.raises(StoreError, match="does not answer"):
+        records.RestBooks(own, "http://127.0.0.1:9")
