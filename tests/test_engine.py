@@ -98,7 +98,7 @@ def test_an_edited_helper_runs_what_uses_it_and_says_so(forked):
 
 def test_an_edited_cell_a_parameter_and_a_step_that_is_asked_for(forked):
     place, dry_run = forked
-    with edited(place / "nbs" / "pipeline" / "06_score.ipynb", "probability", "probability_"):
+    with edited(place / "nbs" / "pipeline" / "06_score.ipynb", ".round(6)", ".round(5)"):
         said = dry_run()
     assert "the notebook's code changed" in said["score"] and fates(said)["promote"] == "="
     said = dry_run("seed=5")
@@ -119,6 +119,7 @@ def test_a_parameter_that_nothing_reads_is_reported(forked, finished):
         done = subprocess.run(
             [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "steps"],
             env=own.environment(PYTHONPATH=str(place)),
+            cwd=own.folder,
             capture_output=True,
             text=True,
             check=True,
@@ -136,6 +137,7 @@ def test_a_parameters_cell_that_cannot_be_parsed(forked, finished):
         done = subprocess.run(
             [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "run"],
             env=own.environment(PYTHONPATH=str(place)),
+            cwd=own.folder,
             capture_output=True,
             text=True,
             check=False,

@@ -56,8 +56,7 @@ def _cause_of_death(
     client: Any,  # of nbclient
 ) -> str:
     "What ended a kernel, as its exit status tells."
-    process = getattr(getattr(client.km, "provisioner", None), "process", None)
-    code = process.poll() if process else None
+    code = client.ended
     if code == -signal.SIGKILL:
         return "killed (signal 9): by hand, or because memory ran out"
     if code is not None and code < 0:
@@ -137,12 +136,20 @@ def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Sto
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
+    class StepClient(PapermillNotebookClient):
+        ended: int | None = None  # the kernel's exit code, if it ended before it was asked to
+
+        async def _async_cleanup_kernel(self) -> None:
+            process = getattr(getattr(self.km, "provisioner", None), "process", None)
+            self.ended = process.poll() if process else None
+            await super()._async_cleanup_kernel()
+
     class StepEngine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(
             cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kwargs
         ):
-            client = PapermillNotebookClient(
+            client = StepClient(
                 nb_man,
                 timeout=execution_timeout,
                 startup_timeout=start_timeout,
@@ -180,6 +187,9 @@ def run_notebook(
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("traitlets").setLevel(
+        logging.CRITICAL
+    )  # that a kernel died is told below, with its cause
     engine = f"titanic-{time.monotonic_ns()}"
     papermill_engines.register(engine, _engine(on_cell, environment, stop or Stop()))
     try:

@@ -262,6 +262,7 @@ def _with_prefect(run: _Run, jobs: Sequence[Job], done: dict[str, Result]) -> No
     where = {  # Prefect reads its environment once, and this process may have run before
         "api.url": os.environ["PREFECT_API_URL"],
         "results.local_storage_path": os.environ["PREFECT_LOCAL_STORAGE_PATH"],
+        "client.max_retries": 2,  # a server that is gone would hold up the end of a run for minutes
     }
     with temporary_settings(where):
         titanic()

@@ -105,6 +105,7 @@ class _Json:
         place = urllib.parse.urlsplit(url)
         self._url, self._base = url, place.path.rstrip("/")
         self._connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=20)
+        self._last = 0.0  # when it was used
 
     def ask(
         self,
@@ -115,12 +116,15 @@ class _Json:
     ) -> Any:
         query = "?" + urllib.parse.urlencode(body) if method == "GET" and body else ""
         content = None if method == "GET" else json.dumps(body)
+        if time.monotonic() > self._last + 2:  # servers hang up after a while, uvicorn after 5 s
+            self._connection.close()
         try:
             self._connection.request(
                 method, self._base + path + query, content, {"Content-Type": "application/json"}
             )
             answer = self._connection.getresponse()
             said = answer.read()
+            self._last = time.monotonic()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise StoreError(
