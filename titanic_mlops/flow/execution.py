@@ -86,8 +86,11 @@ def _broken_off(
     last = _printed(cell)
     mark = [f"\x1b[31m{what}\x1b[0m"]
     cell.outputs.append(new_output("error", ename="StepError", evalue=what, traceback=mark))
+    name = Path(notebook.metadata.get("papermill", {}).get("input_path") or "notebook").name
     first = cell.source.strip().split("\n")[0]
-    return StepError(what, where=f"cell {index + 1}: {first}" + f"\n  last:  {last}" * bool(last), do=do)
+    return StepError(
+        what, where=f"{name}, cell {index + 1}: {first}" + f"\n  last:  {last}" * bool(last), do=do
+    )
 
 # %% ../../nbs/04_flow/05_execution.ipynb #1beb7f8e
 _AGAIN = "titanic run again: finished steps are not repeated"
@@ -133,16 +136,20 @@ def _execute(
 
 # %% ../../nbs/04_flow/05_execution.ipynb #bf5868b0
 def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Stop) -> type:
+    from nbclient.exceptions import DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
     class StepClient(PapermillNotebookClient):
         ended: int | None = None  # the kernel's exit code, if it ended before it was asked to
 
-        async def _async_cleanup_kernel(self) -> None:
-            process = getattr(getattr(self.km, "provisioner", None), "process", None)
-            self.ended = process.poll() if process else None
-            await super()._async_cleanup_kernel()
+        def execute_cell(self, *arguments, **named):
+            try:
+                return super().execute_cell(*arguments, **named)
+            except DeadKernelError:  # later on nbclient has forgotten the process
+                process = getattr(getattr(self.km, "provisioner", None), "process", None)
+                self.ended = process.poll() if process else None
+                raise
 
     class StepEngine(NBClientEngine):
         @classmethod

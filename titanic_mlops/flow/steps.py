@@ -102,7 +102,8 @@ def parameters_model(
                 ):
                     raise SyntaxError("a parameter has the form `name: type = default  # meaning`")
                 kind = eval(ast.unparse(node.annotation), {"__builtins__": {}}, {**_NAMES, "Field": Field})
-                meaning = comments.get(node.end_lineno or line, "")
+                lines = range(line, (node.end_lineno or line) + 1)
+                meaning = " ".join(comments[n] for n in lines if n in comments)
                 fields[node.target.id] = (
                     kind,
                     Field(default=ast.literal_eval(node.value), description=meaning),
@@ -110,7 +111,7 @@ def parameters_model(
         except (SyntaxError, ValueError, NameError, TypeError, tokenize.TokenError) as error:
             raise ParameterError(
                 f"the parameters cell can't be read: {error}",
-                where=f"{notebook.name}, cell {number}, line {line or getattr(error, 'lineno', 0)}",
+                where=f"{notebook.name}, cell {number + 1}, line {line or getattr(error, 'lineno', 0)}",
                 rule="name: type = literal  # meaning",
             ) from None
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
