@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -974,7 +975,9 @@ def run_warm(
         if channel is None:
             return None
         channel.close()
-        process = asyncio.run(_fork_process(command, options, preload, 1.0))
+        with ThreadPoolExecutor(1) as aside:  # this thread may have a running loop, as in a notebook
+            forked = partial(_fork_process, command, options, preload, 1.0)
+            process = aside.submit(lambda: asyncio.run(forked())).result()
     except (_Cold, OSError):
         return None
     try:

@@ -45,17 +45,19 @@ def open_tracking(
     "A client of the tracking store; makes the store and the experiment if they are not there."
     quiet_mlflow()
     import mlflow
+    from filelock import FileLock
 
     try:
-        settings.store.mkdir(parents=True, exist_ok=True)
-        client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
-        if client.get_experiment_by_name(settings.mlflow_experiment) is None:
-            location = None if settings.mlflow_uri else (settings.store / "mlartifacts").as_uri()
-            try:
-                client.create_experiment(settings.mlflow_experiment, artifact_location=location)
-            except mlflow.exceptions.MlflowException:  # another process was faster
-                if client.get_experiment_by_name(settings.mlflow_experiment) is None:
-                    raise
+        (settings.store / "locks").mkdir(parents=True, exist_ok=True)
+        with FileLock(settings.store / "locks" / "mlflow.lock"):  # two processes may make the tables at once
+            client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
+            if client.get_experiment_by_name(settings.mlflow_experiment) is None:
+                location = None if settings.mlflow_uri else (settings.store / "mlartifacts").as_uri()
+                try:
+                    client.create_experiment(settings.mlflow_experiment, artifact_location=location)
+                except mlflow.exceptions.MlflowException:  # another machine was faster
+                    if client.get_experiment_by_name(settings.mlflow_experiment) is None:
+                        raise
         return client
     except Exception as error:
         known = explain(error)
