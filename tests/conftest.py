@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ QUIET = {
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 os.environ.update(QUIET)
+# Kernels, and the processes that they are forked from, are those of this test process alone.
+os.environ["JUPYTER_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="titanic-runtime-")
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a job in the background ignores it, and its children would
@@ -55,6 +58,13 @@ def finished(served: Checkout) -> tuple[Checkout, subprocess.CompletedProcess]:
     facts = json.loads((served.store / "latest" / "run.json").read_text())
     served.first = {job: Path(folder) / "outputs" for job, folder in facts["results"].items()}
     return served, done
+
+
+def pytest_sessionfinish() -> None:
+    from titanic_mlops.flow.kernels import shutdown_parents
+
+    shutdown_parents()
+    shutil.rmtree(os.environ["JUPYTER_RUNTIME_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

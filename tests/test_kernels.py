@@ -292,6 +292,28 @@ def test_a_parent_that_hangs_is_no_obstacle(start, monkeypatch, caplog):
     assert kernels.parents() == []
 
 
+def test_a_parent_that_is_sent_home_when_idle_takes_no_kernel_along():
+    "`titanic down` beside somebody who starts kernels: each of them comes up, and stays."
+    from titanic_mlops.flow import kernels
+
+    over = threading.Event()
+
+    def send_home():
+        while not over.wait(0.01):
+            kernels.shutdown_parents(idle_only=True)
+
+    thread = threading.Thread(target=send_home)
+    thread.start()
+    try:
+        for number in range(12):
+            kernel = Kernel()
+            assert kernel(f"print({number})") == str(number)
+            kernel.close()
+    finally:
+        over.set()
+        thread.join(20)
+
+
 def test_an_edited_module_is_what_runs(start, tmp_path):
     package = tmp_path / "voyage"
     package.mkdir()

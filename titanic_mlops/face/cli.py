@@ -68,7 +68,7 @@ class _Board:
             table.add_row(f"  {_SIGNS['notice']}", "", text)
         return table
 
-
+# %% ../../nbs/05_face/01_cli.ipynb #c08afac8
 def _state(event: "Event") -> str:
     "An event in a few words."
     from rich.markup import escape
@@ -319,7 +319,7 @@ def _sweep(configs: list[Any], own: list[Settings], again: set[str]) -> None:
         console.print(f"\n{len(failed)} of {len(ends)} runs failed; the first:")
         raise failed[0]
 
-
+# %% ../../nbs/05_face/01_cli.ipynb #cf8c6451
 def _told_apart(config: Any) -> str:
     return f"seed={config.seed} model={','.join(config.model.candidates)} profile={config.profile.name}"
 

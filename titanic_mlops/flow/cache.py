@@ -63,7 +63,7 @@ def _imported(source: str, package: Sequence[str] = ()) -> Iterable[str]:
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
-
+# %% ../../nbs/04_flow/04_cache.ipynb #f688722b
 def _beside(module: Path) -> list[Path]:
     "Files that carry a module's name and belong to it, such as the report's template."
     return [f for f in sorted(module.parent.glob(f"{module.name}.*")) if not f.suffix.startswith(".py")]
@@ -207,7 +207,7 @@ class Result:
         "The MLflow run that computed it; empty: a person's notebook did."
         return self.manifest["context"].get("mlflow_run", "")
 
-
+# %% ../../nbs/04_flow/04_cache.ipynb #97cee293
 def folder_of(job: Job, key: Key, store: Path) -> Path:
     "Where the result of a job is kept."
     return Path(store) / "steps" / job.name / key.digest[:20]

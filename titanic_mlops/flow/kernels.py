@@ -36,36 +36,15 @@ from jupyter_client.provisioning import LocalProvisioner
 from traitlets import Float, List, Unicode
 
 KERNEL_NAME = "titanic-warm"
-PRELOAD = (
-    *(
-        "numpy",
-        "pandas",
-        "scipy.stats",
-        "pyarrow.parquet",
-        "matplotlib.pyplot",
-        "matplotlib.backends.backend_agg",
-    ),
-    *(
-        "sklearn.linear_model",
-        "sklearn.ensemble",
-        "sklearn.compose",
-        "sklearn.pipeline",
-        "sklearn.model_selection",
-    ),
-    *("sklearn.metrics", "sklearn.calibration", "skops.io", "pandera.pandas", "onnxruntime", "skl2onnx"),
-    *(
-        "mlflow.pyfunc",
-        "mlflow.store.tracking.sqlalchemy_store",
-        "mlflow.store.model_registry.sqlalchemy_store",
-        "great_expectations",
-    ),
-    *("IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger"),
-    *(
-        "IPython.core.completerlib",
-        "IPython.core.debugger",
-        "IPython.extensions.storemagic",
-        "tornado.platform.asyncio",
-    ),
+PRELOAD = tuple(
+    """
+    numpy pandas scipy.stats pyarrow.parquet matplotlib.pyplot matplotlib.backends.backend_agg
+    sklearn.linear_model sklearn.ensemble sklearn.compose sklearn.pipeline sklearn.model_selection
+    sklearn.metrics sklearn.calibration skops.io pandera.pandas onnxruntime skl2onnx great_expectations
+    mlflow.pyfunc mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store
+    IPython ipykernel.kernelapp ipykernel.ipkernel ipykernel.debugger IPython.core.completerlib
+    IPython.core.debugger IPython.extensions.storemagic tornado.platform.asyncio
+    """.split()
 )
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #04c9e214
@@ -566,6 +545,9 @@ class _Parent(_Desk):
     def fork(self, channel: _Channel, request: dict[str, Any]) -> None:
         files, channel.files = channel.files, []
         try:
+            if self.leaving:  # who hears nothing asks the next parent
+                channel.ended = True
+                return
             pid = _fork_kernel(self.selector, lambda: self.become(request, files))
             self.take_in(_Kernel(pid, channel))
             channel.send({"pid": pid})
@@ -576,13 +558,16 @@ class _Parent(_Desk):
                 os.close(file)
 
     def tell(self, channel: _Channel, _: Any) -> None:
-        channel.send({**self.about, "kernels": len(self.kernels)})
+        channel.send({**self.about, "kernels": len(self.kernels), "leaving": self.leaving})
 
-    def leave(self, channel: _Channel, _: Any) -> None:
-        self.leaving = True
-        for kernel in self.kernels.values():
-            kernel.end()
-        self.tell(channel, _)
+    def leave(self, channel: _Channel, request: dict[str, Any]) -> None:
+        if not self.leaving and not (request.get("if_idle") and self.kernels):
+            self.leaving = True
+            self.forget(self.listener)
+        if self.leaving:
+            for kernel in self.kernels.values():
+                kernel.end()
+        self.tell(channel, request)
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #57e029a0
 def _serve(
@@ -943,10 +928,11 @@ def shutdown_parents(
     folder, leaving = _runtime_folder(), {}
     for file in folder.glob("*.lock"):
         if pid := _holder(file):
-            if idle_only and (_exchange(folder, file.stem, {"do": "about"}) or {"kernels": 1})["kernels"]:
+            answer = _exchange(folder, file.stem, {"do": "leave", "if_idle": idle_only})
+            if idle_only and not answer.get("leaving"):
                 continue
             leaving[file] = pid
-            if not _exchange(folder, file.stem, {"do": "leave"}) and _holder(file) == pid:
+            if not answer and _holder(file) == pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)  # still importing
     until = time.monotonic() + timeout
