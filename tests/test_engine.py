@@ -295,12 +295,12 @@ def digests(own: Checkout) -> dict[str, dict[str, str]]:
 
 
 def test_runs_that_are_killed_at_random_come_to_the_same(tmp_path: Path):
-    "TITANIC_KILLS=50 for the long version; what is killed is drawn as well as when."
+    "ENGINE_KILLS=50 for the long version; what is killed is drawn as well as when."
     import mlflow
 
     kills, draw = (
-        int(os.environ.get("TITANIC_KILLS", "3")),
-        random.Random(int(os.environ.get("TITANIC_SEED", "1912"))),
+        int(os.environ.get("ENGINE_KILLS", "3")),
+        random.Random(int(os.environ.get("ENGINE_SEED", "1912"))),
     )
     calm = checkout(tmp_path / "calm")
     assert calm.titanic("run", *QUICK).returncode == 0

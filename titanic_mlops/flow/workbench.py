@@ -105,6 +105,15 @@ class Step(StepInputs):
         path.write_bytes(figure.png())
         return figure
 
+    def page(
+        self,
+        name: str,  # of a file, or of a folder with a site
+    ) -> Path:  # where to write it
+        "A place for pages that people read."
+        path = self.folder / "pages" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
     def copy_folder(self, source: Path, name: str) -> Path:
         "Take a whole folder along as output."
         return Path(shutil.copytree(source, self.output(name), dirs_exist_ok=True))

@@ -8,9 +8,13 @@ __all__ = ['KINDS', 'TRUSTED_TYPES', 'holdout_mask', 'Candidate', 'build', 'tick
 
 # %% ../../nbs/03_model/01_train.ipynb #8330024e
 import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import ZipFile, ZipInfo
 
 from ..data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame
 from ..ground.errors import BundleError, ContractError, ParameterError, nearest
@@ -166,11 +170,32 @@ TRUSTED_TYPES = (
 )
 
 
+def _numbered(node: Any, numbers: dict[int, int]) -> Any:
+    "A part of skops' schema with its objects numbered as they come, instead of by address."
+    if isinstance(node, list):
+        return [_numbered(part, numbers) for part in node]
+    if not isinstance(node, dict):
+        return node
+    own = {}
+    if isinstance(address := node.get("__id__"), int):
+        own["__id__"] = numbers.setdefault(address, len(numbers) + 1)
+        if "file" in node:
+            own["file"] = f"{own['__id__']}{os.path.splitext(node['file'])[1]}"
+    return {name: own.get(name, _numbered(part, numbers)) for name, part in node.items()}
+
+
 def save_model(model: "ClassifierMixin", file: "Path") -> None:
-    "Write a fitted model in skops' format."
+    "Write a fitted model in skops' format; the same model gives the same bytes."
     import skops.io
 
-    skops.io.dump(model, file)
+    numbers: dict[int, int] = {}
+    with ZipFile(BytesIO(skops.io.dumps(model))) as made, ZipFile(file, "w") as kept:
+        schema = _numbered(json.loads(made.read("schema.json")), numbers)
+        parts = {f"{numbers[int(os.path.splitext(name)[0])]}{os.path.splitext(name)[1]}": name
+                 for name in made.namelist() if name != "schema.json"}  # fmt: skip
+        for name in sorted(parts):
+            kept.writestr(ZipInfo(name), made.read(parts[name]))
+        kept.writestr(ZipInfo("schema.json"), json.dumps(schema))
 
 
 def load_model(
