@@ -36,16 +36,15 @@ from jupyter_client.provisioning import LocalProvisioner
 from traitlets import Float, List, Unicode
 
 KERNEL_NAME = "titanic-warm"
-PRELOAD = tuple(
-    """
-    numpy pandas scipy.stats pyarrow.parquet matplotlib.pyplot matplotlib.backends.backend_agg
-    sklearn.linear_model sklearn.ensemble sklearn.compose sklearn.pipeline sklearn.model_selection
-    sklearn.metrics sklearn.calibration skops.io pandera.pandas onnxruntime skl2onnx great_expectations
-    mlflow.pyfunc mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store
-    IPython ipykernel.kernelapp ipykernel.ipkernel ipykernel.debugger IPython.core.completerlib
-    IPython.core.debugger IPython.extensions.storemagic tornado.platform.asyncio
-    """.split()
-)
+PRELOAD = (
+    "numpy", "pandas", "scipy.stats", "pyarrow.parquet", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
+    "sklearn.linear_model", "sklearn.ensemble", "sklearn.compose", "sklearn.pipeline", "sklearn.model_selection",
+    "sklearn.metrics", "sklearn.calibration", "skops.io", "pandera.pandas", "onnxruntime", "skl2onnx",
+    "great_expectations", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store", "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel",
+    "ipykernel.debugger", "IPython.core.completerlib", "IPython.core.debugger", "IPython.extensions.storemagic",
+    "tornado.platform.asyncio",
+)  # fmt: skip
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #04c9e214
 _READ_AT_IMPORT = ("PYTHON", "LD_", "LC_", "LANG", "HOME", "XDG_", "MPLCONFIGDIR", "MATPLOTLIBRC", "MKL_", "KMP_",
@@ -506,23 +505,11 @@ class _Desk:
 class _Parent(_Desk):
     "The process that kernels are forked from: one thread, one loop, no work of its own."
 
-    def __init__(self, listener: socket.socket, idle: float, about: dict[str, Any], become: Any):
+    def __init__(self, listener: socket.socket, about: dict[str, Any], become: Any):
         super().__init__()
-        self.listener, self.idle, self.about, self.become = listener, idle, about, become
+        self.listener, self.about, self.become = listener, about, become
         self.leaving = False
         self.watch(listener, self.accept)
-
-    def run(self) -> None:
-        "Serve until nobody has needed a kernel for `idle` seconds, or until asked to leave."
-        while self.kernels or not (self.leaving or time.monotonic() > self.free_since + self.idle):
-            due = self.next_kill() or (None if self.kernels else self.free_since + self.idle)
-            for event, _ in self.selector.select(None if due is None else max(due - time.monotonic(), 0.01)):
-                if self.selector.get_map().get(event.fd) is event:  # unless one before has settled it
-                    try:
-                        event.data()
-                    except Exception:  # one request must not end the kernels of others
-                        traceback.print_exc()
-            self.kill_overdue()
 
     def accept(self) -> None:
         channel = _Channel(self.listener.accept()[0])
@@ -569,6 +556,23 @@ class _Parent(_Desk):
                 kernel.end()
         self.tell(channel, request)
 
+# %% ../../nbs/04_flow/00_kernels.ipynb #9a3d7e10
+def _attend(
+    parent: _Parent,
+    idle: float,  # seconds
+) -> None:
+    "Serve until nobody has needed a kernel for `idle` seconds, or until the parent was asked to leave."
+    while parent.kernels or not (parent.leaving or time.monotonic() > parent.free_since + idle):
+        due = parent.next_kill() or (None if parent.kernels else parent.free_since + idle)
+        patience = None if due is None else max(due - time.monotonic(), 0.01)
+        for event, _ in parent.selector.select(patience):
+            if parent.selector.get_map().get(event.fd) is event:  # unless one before has settled it
+                try:
+                    event.data()
+                except Exception:  # one request must not end the kernels of others
+                    traceback.print_exc()
+        parent.kill_overdue()
+
 # %% ../../nbs/04_flow/00_kernels.ipynb #57e029a0
 def _serve(
     job: str,  # JSON: see `_start_parent`
@@ -586,7 +590,6 @@ def _serve(
     pools: list[Any] = []
     with contextlib.suppress(ImportError):
         pools = importlib.import_module("threadpoolctl").ThreadpoolController().lib_controllers
-    gc.collect()
     gc.freeze()
     files, here = [folder / f"{key}.{kind}" for kind in ("sock", "log", "lock")], os.getpid()
     files[0].unlink(missing_ok=True)
@@ -601,7 +604,7 @@ def _serve(
              "pid": here, "since": time.time()}  # fmt: skip
     become = partial(_become_kernel, lock=said["lock"], added=added, base_path=list(base_path), pools=pools)
     try:
-        _Parent(listener, said["idle"], about, become).run()
+        _attend(_Parent(listener, about, become), said["idle"])
     finally:
         if os.getpid() == here:
             for file in files:

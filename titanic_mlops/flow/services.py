@@ -15,19 +15,29 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..ground.errors import StoreError, explain
 from ..ground.settings import Settings
 from ..ground.store import write_atomic
 
 # %% ../../nbs/04_flow/08_services.ipynb #8da38f63
+def _process_facts(pid: int) -> tuple[str, str]:  # state and time of birth; empty where there is no /proc
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
 @dataclass(frozen=True)
 class Service:
     "A page that runs in the background."
@@ -35,6 +45,7 @@ class Service:
     name: str
     pid: int
     url: str
+    born: str = ""  # when the process began, as Linux counts; another one may have its number by now
 
     @property
     def alive(self) -> bool:
@@ -43,8 +54,8 @@ class Service:
             os.kill(self.pid, 0)
         except OSError:
             return False
-        stat = Path(f"/proc/{self.pid}/stat")
-        return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        state, born = _process_facts(self.pid)
+        return state != "Z" and (not self.born or self.born == born)
 
 
 def _card(settings: Settings, name: str) -> Path:
@@ -78,6 +89,22 @@ def _free_port(preferred: int) -> int:
     raise StoreError("no free port on 127.0.0.1", do="stop a program that listens there")
 
 
+@contextmanager
+def _claimed_port(preferred: int) -> Iterator[int]:
+    "A free port that no other `titanic up` of this machine takes while this is open: a server binds it seconds later."
+    from filelock import FileLock, Timeout
+
+    claim = FileLock(Path(tempfile.gettempdir()) / f"titanic-port-{preferred}.lock")
+    try:
+        claim.acquire(timeout=0)
+    except (Timeout, OSError):  # somebody is at it, perhaps another user
+        preferred = 0
+    try:
+        yield _free_port(preferred)
+    finally:
+        claim.release()
+
+
 def _answers(url: str, timeout: float = 2.0) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:
@@ -90,6 +117,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLI_PROMPT": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # five processes for a queue that nothing here uses
     "GX_ANALYTICS_ENABLED": "False",
     "DO_NOT_TRACK": "1",
 }
@@ -118,34 +146,49 @@ def _commands(settings: Settings) -> dict[str, tuple[list[str], int, str]]:
     return services
 
 # %% ../../nbs/04_flow/08_services.ipynb #a5ff2040
+def _start(
+    command: list[str],
+    log: Path,  # what it prints is added there
+    environment: dict[str, str],
+    cwd: Path,
+    **more: Any,  # for `subprocess.Popen`
+) -> subprocess.Popen:
+    "A process in a session of its own."
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+            cwd=cwd,
+            **more,
+        )
+
+
 def up(
     settings: Settings,
     wait: float = 120.0,  # seconds until both must answer
 ) -> list[Service]:  # with their addresses
     "Start the MLflow and Prefect pages, or find them running. Raises `StoreError` if one does not come up."
-    found = running(settings)
+    from filelock import FileLock
+
     environment = {**os.environ, **QUIET, "PREFECT_HOME": str(settings.store / "prefect")}
-    starting = {}
-    for name, (command, port, health) in _commands(settings).items():
-        if name in found:
-            continue
-        port = _free_port(port)
-        log = settings.store / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                [*command, "--port", str(port)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                start_new_session=True,
-                cwd=settings.store,
-            )
-        service = Service(name, process.pid, f"http://127.0.0.1:{port}")
-        write_atomic(_card(settings, name), json.dumps(vars(service)))
-        starting[name] = (service, process, service.url + health, log)
-    _await(starting, wait)
+    (settings.store / "locks").mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.store / "locks" / "up.lock"), ExitStack() as claims:  # one `titanic up` at a time
+        found, starting = running(settings), {}
+        for name, (command, preferred, health) in _commands(settings).items():
+            if name not in found:
+                port = claims.enter_context(_claimed_port(preferred))
+                log = settings.store / "logs" / f"{name}.log"
+                process = _start([*command, "--port", str(port)], log, environment, settings.store)
+                born = _process_facts(process.pid)[1]
+                service = Service(name, process.pid, f"http://127.0.0.1:{port}", born)
+                write_atomic(_card(settings, name), json.dumps(vars(service)))
+                starting[name] = (service, process, service.url + health, log)
+        _await(starting, wait)
     return sorted([*found.values(), *(service for service, *_ in starting.values())], key=lambda s: s.name)
 
 # %% ../../nbs/04_flow/08_services.ipynb #d4e7a286
@@ -222,19 +265,14 @@ def _die_with_parent() -> None:
 
 def _temporary_prefect(settings: Settings, environment: dict[str, str]) -> PrefectApi:
     log = settings.store / "logs" / "prefect.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     port = _free_port(0)
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, **environment},
-            start_new_session=True,
-            cwd=settings.store,
-            preexec_fn=_die_with_parent if os.name == "posix" else None,
-        )
+    process = _start(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        log,
+        {**os.environ, **environment},
+        settings.store,
+        preexec_fn=_die_with_parent if os.name == "posix" else None,
+    )
     return PrefectApi(f"http://127.0.0.1:{port}/api", process, log)
 
 # %% ../../nbs/04_flow/08_services.ipynb #09505ada
@@ -289,7 +327,10 @@ def check_store(settings: Settings) -> Check:
     store = settings.store
     try:
         store.mkdir(parents=True, exist_ok=True)
-        write_atomic(store / ".probe", b"x" * 4096).unlink()
+        with tempfile.NamedTemporaryFile(dir=store, prefix=".probe.") as probe:  # runs may look side by side
+            probe.write(b"x" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
     except OSError as error:
         known = explain(error)
         return Check(
