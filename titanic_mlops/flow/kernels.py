@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNEL_NAME', 'PRELOAD', 'WarmProvisioner', 'install_kernelspec', 'warm_up', 'ParentInfo', 'parents',
-           'shutdown_parents', 'run_warm']
+           'shutdown_parents', 'start_warm']
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #d0dc39d8
 import asyncio
@@ -948,29 +948,26 @@ def shutdown_parents(
     return len(leaving)
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #78d5d425
-def run_warm(
+def start_warm(
     code: str,  # as after `python -c`
     arguments: Iterable[str] = (),
-    timeout: float = 60.0,  # seconds
     preload: Iterable[str] = PRELOAD,
-) -> int | None:  # the exit code; None: there is no parent that is ready
-    "Run code in a fork of a parent, if there is one; what it prints is dropped. Raises `subprocess.TimeoutExpired`."
+    stdout: Any = subprocess.DEVNULL,  # an open file, or a socket
+    patience: float = 0.0,  # seconds to wait for a parent, which is started if need be; 0: one must be there
+) -> _ForkedProcess | None:  # None: there is no parent
+    "Start code in a fork of a parent, if there is one."
     command, preload = [sys.executable, "-c", code, *arguments], list(preload)
-    options = {"env": dict(os.environ), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    options = {"env": dict(os.environ), "stdout": stdout, "stderr": subprocess.DEVNULL}
     if _reason_for_cold(command, options, preload):
         return None
     try:
         channel = _connect(_runtime_folder(), _key(_recipe(preload, os.environ)))
-        if channel is None:
+        if channel:
+            channel.close()
+        elif not patience:
             return None
-        channel.close()
         with ThreadPoolExecutor(1) as aside:  # this thread may have a running loop, as in a notebook
-            forked = partial(_fork_process, command, options, preload, 1.0)
-            process = aside.submit(lambda: asyncio.run(forked())).result()
+            forked = partial(_fork_process, command, options, preload, patience or 1.0)
+            return aside.submit(lambda: asyncio.run(forked())).result()
     except (_Cold, OSError):
         return None
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
