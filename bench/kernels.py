@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 IMPORTS = "import pandas\nimport sklearn.linear_model\nimport mlflow\npandas.DataFrame({'ticket': [1]}).shape"
@@ -54,6 +55,55 @@ def empty_kernel(kernel: str) -> tuple[float, float]:
     return took, (sizes["Private_Dirty"] + sizes["Private_Clean"]) / 1024
 
 
+def many(executions: int, folder: Path) -> dict:
+    "Eight notebooks at once, over and over: how many failed, and what was left behind; and the PSS of eight fresh kernels."
+    import papermill
+    from jupyter_client.manager import KernelManager
+
+    from titanic_mlops.flow import kernels
+
+    failed = 0
+
+    def execute(number: int) -> None:
+        nonlocal failed
+        try:
+            papermill.execute_notebook(
+                folder / "imports.ipynb", None, kernel_name=kernels.KERNEL_NAME, progress_bar=False
+            )
+        except Exception as error:
+            failed += 1
+            print(f"execution {number} failed: {error}")
+
+    [parent] = [info.pid for info in kernels.parents() if "mlflow.pyfunc" in info.preloads]
+    files = lambda: len(os.listdir(f"/proc/{parent}/fd"))
+    children = lambda: Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    before = files()
+    with ThreadPoolExecutor(8) as pool:
+        took = seconds(lambda: list(pool.map(execute, range(executions))))
+    time.sleep(1)
+    left = {"kernels": len(children()), "open files": files() - before}
+    managers = [KernelManager(kernel_name=kernels.KERNEL_NAME) for _ in range(8)]
+    for manager in managers:
+        manager.start_kernel()
+        client = manager.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        client.stop_channels()
+    pss = []
+    for manager in managers:
+        rollup = Path(f"/proc/{manager.provisioner.pid}/smaps_rollup").read_text().splitlines()
+        pss += [int(one.split()[1]) / 1024 for one in rollup if one.startswith("Pss:")]
+    for manager in managers:
+        manager.shutdown_kernel(now=True)
+    print(
+        f"eight at once: {executions} executions, {failed} failed, {took:.0f} s; left behind: "
+        + ", ".join(f"{count} {what}" for what, count in left.items())
+    )
+    print(f"PSS of a fresh kernel, eight of them: {statistics.median(pss):.0f} MB")
+    return {"executions": executions, "failed": failed, "seconds": round(took, 1), "left": left,
+            "pss_of_eight_mb": round(statistics.median(pss), 1)}  # fmt: skip
+
+
 def line(name: str, unit: str, baseline: list[float], ours: list[float]) -> dict:
     "Print one comparison."
     before, after = statistics.median(baseline), statistics.median(ours)
@@ -65,6 +115,7 @@ def line(name: str, unit: str, baseline: list[float], ours: list[float]) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="runs of each, the median counts")
+    parser.add_argument("--executions", type=int, default=200, help="of a notebook, eight at once")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one line")
     arguments = parser.parse_args()
 
@@ -83,6 +134,7 @@ def main() -> None:
             stock = [seconds(lambda: papermill("python3", folder)) for _ in runs]
             warm_start = [empty_kernel(kernels.KERNEL_NAME) for _ in runs]
             stock_start = [empty_kernel("python3") for _ in runs]
+            together = many(arguments.executions, folder)
         finally:
             kernels.shutdown_parents()
 
@@ -99,6 +151,7 @@ def main() -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         with arguments.json.open("a") as file:
             said = {"bench": "kernels", "at": int(time.time()), "cpus": os.cpu_count(), "figures": figures}
+            said["eight at once"] = together
             file.write(json.dumps(said) + "\n")
 
 

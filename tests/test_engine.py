@@ -258,6 +258,32 @@ def test_a_prefect_server_that_goes_away_does_not_take_the_run_along(validated: 
     assert "8 of 8 steps recalled" in again.stdout
 
 
+def test_a_disk_that_fills_up_in_the_middle_of_a_run(tmp_path: Path):
+    own = checkout(tmp_path)
+    own.store.mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", "size=300m", "none", str(own.store)]
+    if not shutil.which("mount") or subprocess.run(small, capture_output=True, check=False).returncode:
+        pytest.skip("only root can make a small disk")
+    try:
+        run = own.start("run", *QUICK)
+        wait_for(own, "job started", "train.boosting")
+        filler = own.store / "filler"
+        with filler.open("wb") as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"x" * 65536)
+                file.flush()
+        _, said = run.communicate(timeout=200)
+        assert run.returncode == 2 and "defect" not in said, said
+        assert "space" in said or "full" in said, said
+        filler.unlink()
+        again = own.titanic("run", *QUICK)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert not list((own.store / "steps").glob("*/.*"))
+    finally:
+        own.titanic("down")
+        subprocess.run(["umount", "-l", str(own.store)], check=True)
+
+
 # --- what runs once
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -367,6 +368,53 @@ def test_eight_at_once_with_no_parent_before():
     finally:
         for kernel in made:
             kernel.close()
+
+
+def test_eight_notebooks_at_once_over_and_over_leave_nothing_behind(tmp_path):
+    "ENGINE_EXECUTIONS=200 for the long version. Nothing: no kernel, no open file, no listening port."
+    import nbformat
+    import papermill
+
+    from titanic_mlops.flow import kernels
+
+    def execute(number: int) -> str:
+        made = papermill.execute_notebook(
+            tmp_path / "one.ipynb", None, {"number": number}, kernel_name="warm-small", progress_bar=False
+        )
+        return made.cells[-1].outputs[0]["data"]["text/plain"]
+
+    def held(pid: int) -> tuple[int, int]:  # open files, children
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return len(os.listdir(f"/proc/{pid}/fd")), len(children)
+
+    def listening() -> set[str]:
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        inodes = {line.split()[9]: line.split()[1] for line in lines if line.split()[3] == "0A"}
+        ours = set()
+        for pid in (os.getpid(), parent.pid):
+            for file in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    ours.add(os.readlink(file).removeprefix("socket:[").rstrip("]"))
+        return {port for inode, port in inodes.items() if inode in ours}
+
+    cells = [
+        nbformat.v4.new_code_cell("number = 0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("import numpy\nint(numpy.square(number))"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
+    execute(0)
+    [parent] = [info for info in kernels.parents() if info.preloads == tuple(SMALL)]
+    count = int(os.environ.get("ENGINE_EXECUTIONS", "32"))
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(execute, range(8))
+        )  # what is opened once, such as a thread's event loop, is open by now
+        seconds_until(lambda: held(parent.pid)[1] == 0)
+        before = held(parent.pid), len(os.listdir("/proc/self/fd")), listening()
+        assert list(pool.map(execute, range(count))) == [str(number**2) for number in range(count)]
+        seconds_until(lambda: held(parent.pid)[1] == 0)
+        assert held(parent.pid) == before[0] and listening() == before[2]
+        assert len(os.listdir("/proc/self/fd")) <= before[1] + 8  # one for each thread may be on its way out
 
 
 def test_a_library_that_starts_threads_is_left_out(start, tmp_path, monkeypatch):

@@ -171,3 +171,21 @@ def test_an_error_in_jupyterlab_is_seen(tmp_path: Path, program):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "nbs" / "fails.ipynb")
     with pytest.raises(AssertionError, match="ValueError: seen"):
         check(tmp_path / "nbs", "fails.ipynb", chromium, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+def test_jupyterlab_lists_the_warm_kernel_and_a_notebook_opens_on_it(tmp_path: Path, program):
+    import nbformat
+
+    chromium = program("chromium", "chromium-browser", "google-chrome")
+    (tmp_path / "nbs").mkdir()
+    kernel = {"kernelspec": {"name": "titanic-warm", "display_name": "Titanic (warm)", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell("import sys\n'mlflow' in sys.modules")]  # before anybody imports it
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "nbs" / "warm.ipynb")
+    with jupyterlab(tmp_path / "nbs", tmp_path) as address:
+        listed = address.replace("/lab/tree/{}", "/api/kernelspecs")
+        with urllib.request.urlopen(listed, timeout=30) as answer:
+            assert "titanic-warm" in json.load(answer)["kernelspecs"]
+        [ran] = run_all(address.format("warm.ipynb"), chromium, tmp_path / "jupyterlab.png")
+    assert [out["data"]["text/plain"] for out in ran["outputs"]] == ["True"], ran["outputs"]

@@ -592,6 +592,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'titanic_mlops/flow/records.py'),
                                             'titanic_mlops.flow.records.git_commit': ( '04_flow/records.html#git_commit',
                                                                                        'titanic_mlops/flow/records.py'),
+                                            'titanic_mlops.flow.records.part_from_prefect': ( '04_flow/records.html#part_from_prefect',
+                                                                                              'titanic_mlops/flow/records.py'),
                                             'titanic_mlops.flow.records.serve_clerk': ( '04_flow/records.html#serve_clerk',
                                                                                         'titanic_mlops/flow/records.py'),
                                             'titanic_mlops.flow.records.tell_prefect': ( '04_flow/records.html#tell_prefect',

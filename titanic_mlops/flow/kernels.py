@@ -9,6 +9,7 @@ __all__ = ['KERNEL_NAME', 'PRELOAD', 'WarmProvisioner', 'install_kernelspec', 'w
 # %% ../../nbs/04_flow/00_kernels.ipynb #d0dc39d8
 import asyncio
 import contextlib
+import ctypes
 import gc
 import hashlib
 import importlib
@@ -193,8 +194,6 @@ def _die_with_parent(
     parent: int,  # its pid
 ) -> None:
     "Ask the operating system to kill this process when the one that forked it ends."
-    import ctypes
-
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
@@ -591,6 +590,10 @@ def _serve(
     with contextlib.suppress(ImportError):
         pools = importlib.import_module("threadpoolctl").ThreadpoolController().lib_controllers
     gc.freeze()
+    with contextlib.suppress(
+        AttributeError, OSError
+    ):  # of glibc: what imports have freed goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)
     files, here = [folder / f"{key}.{kind}" for kind in ("sock", "log", "lock")], os.getpid()
     files[0].unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -34,7 +34,15 @@ from titanic_mlops.flow.cache import (
 from .configuration import RunConfig
 from .execution import Stop, alone, execute, kernel_name
 from .kernels import KERNEL_NAME, install_kernelspec, warm_up
-from .records import Books, ClerkBooks, RestBooks, Tracker, git_commit, tell_prefect
+from titanic_mlops.flow.records import (
+    Books,
+    ClerkBooks,
+    RestBooks,
+    Tracker,
+    git_commit,
+    part_from_prefect,
+    tell_prefect,
+)
 from .services import PrefectApi, preflight, prefect_api, running
 from .steps import NEEDS, Job, needs, notebook_of, plan, unread_parameters
 from ..ground.errors import ParameterError, StoreError, explain, nearest
@@ -262,7 +270,10 @@ def _with_prefect(run: _Run, jobs: Sequence[Job], done: dict[str, Result]) -> No
         "client.max_retries": 2,  # a server that is gone would hold up the end of a run for minutes
     }
     with temporary_settings(where):
-        titanic()
+        try:
+            titanic()
+        finally:
+            part_from_prefect()
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #6f0bdb50
 def _all_jobs(run: _Run, jobs: Sequence[Job]) -> dict[str, Result]:
