@@ -381,6 +381,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'titanic_mlops/face/contract_commands.py'),
                                                       'titanic_mlops.face.contract_commands._as_json': ( '05_face/contract.html#_as_json',
                                                                                                          'titanic_mlops/face/contract_commands.py'),
+                                                      'titanic_mlops.face.contract_commands._contract': ( '05_face/contract.html#_contract',
+                                                                                                          'titanic_mlops/face/contract_commands.py'),
                                                       'titanic_mlops.face.contract_commands._great_expectations': ( '05_face/contract.html#_great_expectations',
                                                                                                                     'titanic_mlops/face/contract_commands.py'),
                                                       'titanic_mlops.face.contract_commands._mlflow': ( '05_face/contract.html#_mlflow',

@@ -261,7 +261,7 @@ def _fingerprints(cells: "pa.Array") -> "np.ndarray":
     cells = _plain(cells)
     if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
         return cells.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64).view(np.uint64) * _ODD[0]
-    sizes, content = _sizes(cells)
+    sizes, content = _sizes(cells.fill_null("") if cells.null_count else cells)
     padded = np.concatenate([content, np.zeros(8, np.uint8)])
     windows = np.ndarray(len(content) + 1, "<u8", padded, strides=(1,))  # the 8 bytes from each byte on
     starts = np.cumsum(sizes, dtype=np.int64) - sizes
@@ -349,8 +349,8 @@ def check_batches(
     found: dict[str, list[np.ndarray]] = {}
     examples: dict[str, tuple[int, Any]] = {}
     rows = 0
-    for batch in batches:
-        for name, look in looks.items() if len(batch) else ():
+    for batch in filter(len, batches):
+        for name, look in looks.items():
             bad = look(batch)
             if bad is not None:
                 numbers = np.flatnonzero(bad)

@@ -18,8 +18,12 @@ from ..ground.errors import ParameterError, nearest
 contract_app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="What a passenger is: show it in any language, compare two versions, check a file.",
 )
+
+
+@contract_app.callback()
+def _contract() -> None:
+    "What a passenger is: show it in any language, compare two versions, check a file."
 
 # %% ../../nbs/05_face/02_contract.ipynb #40d046e1
 def _as_json(value: Any) -> str:
