@@ -227,10 +227,7 @@ def _bad_cells(column: Column, cells: "pa.Array") -> "np.ndarray":
     if cells.null_count == len(cells):
         bad = np.zeros(0, np.int64)
     elif pa.types.is_dictionary(cells.type):
-        refused = np.zeros(len(cells.dictionary), bool)
-        refused[_bad_cells(column, cells.dictionary)] = True
-        codes = _slots(cells.indices) if not cells.null_count else _filled(cells.indices)
-        bad = np.flatnonzero(refused[codes]) if refused.any() else np.zeros(0, np.int64)
+        bad = _rows_with(_bad_cells(column, cells.dictionary), _slots(cells.indices))
     else:
         bad = (_bad_texts if column.kind == "str" else _bad_numbers)(column, cells)
     if cells.null_count and len(bad):
@@ -240,8 +237,16 @@ def _bad_cells(column: Column, cells: "pa.Array") -> "np.ndarray":
     return bad
 
 
-def _filled(codes: "pa.Array") -> "np.ndarray":
-    return codes.fill_null(0).to_numpy(zero_copy_only=False)
+def _rows_with(refused: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
+    "Numbers of the rows whose code is among the refused ones, of which there are mostly few."
+    import numpy as np
+
+    if len(refused) > 8:
+        return np.flatnonzero(np.isin(codes, refused))
+    bad = np.zeros(len(codes), bool)
+    for code in refused:
+        bad |= codes == code
+    return np.flatnonzero(bad)
 
 # %% ../../nbs/02_data/06_rowcheck.ipynb #281cefa7
 def _bad_pairs(rule: Implies, batch: "pa.RecordBatch") -> "np.ndarray":
@@ -253,8 +258,8 @@ def _bad_pairs(rule: Implies, batch: "pa.RecordBatch") -> "np.ndarray":
     others = np.flatnonzero(~_missing(_plain(batch.column(rule.missing))))
     if not len(others):
         return others
-    values = batch.column(rule.column).take(pa.array(others))
-    return others[_mask(pc.equal(_plain(values), rule.value))]
+    values = _plain(batch.column(rule.column)).take(pa.array(others))
+    return others[_mask(pc.equal(values, rule.value))]
 
 # %% ../../nbs/02_data/06_rowcheck.ipynb #cb31d156
 _ODD = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93)  # odd numbers of well-mixed bits
@@ -266,7 +271,10 @@ def _fingerprints(cells: "pa.Array") -> "np.ndarray":
     import pyarrow as pa
 
     if pa.types.is_dictionary(cells.type) and len(cells.dictionary):
-        return _fingerprints(cells.dictionary)[_filled(cells.indices)] * ~_missing(cells.indices)
+        codes = cells.indices
+        known = codes.fill_null(0) if codes.null_count else codes
+        prints = _fingerprints(cells.dictionary)[_slots(known)]
+        return prints * ~_missing(codes) if codes.null_count else prints
     cells = _plain(cells)
     if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
         return cells.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64).view(np.uint64) * _ODD[0]
@@ -318,8 +326,10 @@ class _Keys:
 
     def add(self, batch: "pa.RecordBatch") -> None:
         import numpy as np
+        import pyarrow as pa
 
         keys = [batch.column(name) for name in self.rule.columns]
+        keys = [_plain(cells) if pa.types.is_string_view(cells.type) else cells for cells in keys]
         mixed = np.zeros(len(batch), np.uint64)
         for cells in keys:
             mixed = mixed * np.uint64(_ODD[2]) + _fingerprints(cells)
@@ -332,9 +342,11 @@ class _Keys:
 
         prints = np.concatenate([np.zeros(0, np.uint64), *self.prints])
         suspects = _meet(prints)
-        ordered = np.sort(prints[suspects])
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        suspects = suspects[np.isin(prints[suspects], twice)]
+        order = np.argsort(prints[suspects])
+        ordered = prints[suspects[order]]
+        same = np.zeros(len(order) + 1, bool)  # as the one before; the ends have no neighbour
+        same[1:-1] = ordered[1:] == ordered[:-1]
+        suspects = np.sort(suspects[order[same[1:] | same[:-1]]])
         seen: set[Any] = set()
         found = []
         for number, key in zip(suspects.tolist(), self._keys(suspects), strict=True):
@@ -379,22 +391,28 @@ def check_batches(
     where: str = "",  # the file, for messages
 ) -> Findings:
     "Check record batches as they come. Raises `ContractError` if the columns are not those of the contract."
+    from concurrent.futures import ThreadPoolExecutor
+
     import numpy as np
+    import pyarrow as pa
 
     looks, keys = _compile(require_columns(schema, where))
     found: dict[str, list[np.ndarray]] = {}
     examples: dict[str, tuple[int, Any]] = {}
     rows = 0
-    for batch in filter(len, batches):
-        for name, look in looks.items():
-            numbers = look(batch)
-            if len(numbers):
-                found.setdefault(name, []).append(numbers + rows)
-                if name in schema.names and name not in examples:
-                    examples[name] = (int(numbers[0]) + rows, _value(batch.column(name)[int(numbers[0])]))
-        for one in keys:
-            one.add(batch)
-        rows += len(batch)
+    with ThreadPoolExecutor(pa.cpu_count()) as pool:  # Arrow and NumPy let other threads work
+        for batch in filter(len, batches):
+            added = [pool.submit(one.add, batch) for one in keys]
+            seen = pool.map(lambda look, batch=batch: look(batch), looks.values())
+            for name, numbers in zip(looks, seen, strict=True):
+                if len(numbers):
+                    found.setdefault(name, []).append(numbers + rows)
+                    if name in schema.names and name not in examples:
+                        first = int(numbers[0])
+                        examples[name] = (first + rows, _value(batch.column(name)[first]))
+            for one in added:
+                one.result()
+            rows += len(batch)
     broken = {name: np.concatenate(found[name]) for name in looks if name in found}
     repeated = {one.rule.name: one.repeated() for one in keys}
     return Findings(rows, broken | {k: v for k, v in repeated.items() if len(v)}, examples)
