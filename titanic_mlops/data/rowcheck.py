@@ -317,7 +317,7 @@ def _meet(prints: "np.ndarray") -> "np.ndarray":
     met[losers] = met[found[losers]] = True
     return np.flatnonzero(met)
 
-
+# %% ../../nbs/02_data/06_rowcheck.ipynb #05738de7
 class _Keys:
     "The keys of all batches, to find the rows that repeat an earlier one."
 
