@@ -8,10 +8,11 @@ __version__ = "0.1.0"
 MODULES = {
     **dict.fromkeys(("errors", "settings", "logs", "store"), "ground"),
     **dict.fromkeys(("contract", "sources", "quality", "features"), "data"),
+    **dict.fromkeys(("targets", "rowcheck", "strategies", "contract_versions"), "data"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting"), "flow"),
-    **dict.fromkeys(("cli",), "face"),
+    **dict.fromkeys(("cli", "contract_commands"), "face"),
 }
 
 
