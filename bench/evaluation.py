@@ -41,7 +41,9 @@ def references(passengers: Any) -> dict[str, tuple[Any, Any]]:
     from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
 
     numbers, texts = ["age", "sibsp", "parch", "fare"], ["pclass", "sex", "embarked"]
-    base = passengers[numbers].astype(float).join(passengers[texts].astype(object).fillna("missing").astype(str))
+    base = (
+        passengers[numbers].astype(float).join(passengers[texts].astype(object).fillna("missing").astype(str))
+    )
     rich = feature_frame(passengers)[[*NUMERIC, *CATEGORICAL]]
     median = lambda: SimpleImputer(strategy="median")
     one_hot = lambda: OneHotEncoder(handle_unknown="ignore", min_frequency=5)
@@ -82,31 +84,51 @@ def _one_fold(model: Any, X: Any, y: Any, fit_rows: Any, out: Any) -> Any:
         return clone(model).fit(X.iloc[fit_rows], y[fit_rows]).predict_proba(X.iloc[out])[:, 1]
 
 
-def reference(model: Any, X: Any, folds: Any, y: Any, ticket: Any, jobs: int) -> dict[str, Any]:
-    "Figures of a reference on the folds of the candidates."
+def reference(model: Any, X: Any, folds: Any, y: Any, jobs: int) -> Any:
+    "Probabilities of a reference on the folds of the candidates, shape (n, repeats)."
     import numpy as np
     from joblib import Parallel, delayed
-
-    from titanic_mlops.model.evaluate import estimate
 
     plan = [(repeat, fit_rows, out) for repeat, own in enumerate(folds) for fit_rows, out in own]
     done = Parallel(jobs)(delayed(_one_fold)(model, X, y, fit_rows, out) for _, fit_rows, out in plan)
     p = np.empty((len(y), len(folds)))
     for (repeat, _, out), own in zip(plan, done, strict=True):
         p[out, repeat] = own
-    return estimate(y, p, ticket)
+    return p
 
 
-def line(name: str, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
-    "Print one model's figures."
-    shown = "  ".join(f"{figures[m]!s:>22}" for m in ("log_loss", "accuracy", "roc_auc"))
-    print(f"{name:<26} {shown}  {figures['ece'].value:.3f} {seconds:7.1f}", flush=True)
+def folds_of(oof: Any) -> list[list[tuple[Any, Any]]]:
+    "The folds behind out-of-fold predictions: for each repeat, rows to learn from and rows put aside."
+    import numpy as np
+
+    found: dict[int, list[tuple[Any, Any]]] = {}
+    for (repeat, _), part in oof.groupby(["repeat", "fold"]):
+        out = np.sort(part["row"].to_numpy())
+        found.setdefault(repeat, []).append((np.setdiff1d(np.arange(oof["row"].nunique()), out), out))
+    return list(found.values())
+
+
+def line(name: str, y: Any, p: Any, ticket: Any, since: float, than: Any = None) -> dict[str, Any]:
+    "Print one model's figures, and how far it is behind another one on the same passengers."
+    from titanic_mlops.model.evaluate import Estimate, estimate, surprises, ticket_draws
+
+    figures, behind = estimate(y, p, ticket), ""
     values = {m: [round(x, 5) for x in (e.value, e.low, e.high)] for m, e in figures.items()}
+    if than is not None:
+        gap, weights = surprises(y, p) - surprises(y, than), ticket_draws(ticket)
+        difference = Estimate.of(gap.mean(), weights @ gap / weights.sum(1))
+        values["behind"] = [round(x, 5) for x in (difference.value, difference.low, difference.high)]
+        behind = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    seconds = time.perf_counter() - since
+    shown = "  ".join(f"{figures[m]!s:>20}" for m in ("log_loss", "accuracy", "roc_auc"))
+    print(f"{name:<25} {shown}  {figures['ece'].value:.3f} {seconds:6.1f}  {behind}", flush=True)
     return {"name": name, "seconds": round(seconds, 1)} | values
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5, help="reshuffles of the folds")
     parser.add_argument("--jobs", type=int, default=2, help="processes; the digits are the same")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one line")
@@ -114,16 +136,21 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
 
+    from titanic_mlops.data.features import feature_frame
     from titanic_mlops.data.sources import EMBEDDED, canonical, read
-    from titanic_mlops.model.evaluate import estimate, nested
-    from titanic_mlops.model.train import cross_validate, fit, inner_validate, size_of, ticket_folds
-    from titanic_mlops.model.train import _seeds as seeds, _table as table_of  # fmt: skip
+    from titanic_mlops.model.evaluate import nest, nested
+    from titanic_mlops.model.train import cross_validate, fit, inner_validate, size_of
 
     passengers = canonical(read(EMBEDDED).frame)
-    X, y, ticket = table_of(passengers)
+    X, y, ticket = (
+        feature_frame(passengers),
+        passengers.survived.to_numpy(int),
+        passengers.ticket.to_numpy(str),
+    )
     how = {"folds": 10, "repeats": arguments.repeats, "seed": arguments.seed, "jobs": arguments.jobs}
 
-    print(f"{'95 % intervals':<26} {'log loss':>22}  {'accuracy':>22}  {'ROC-AUC':>22}    ECE seconds")
+    heads = "  ".join(f"{head:>20}" for head in ("log loss", "accuracy", "ROC-AUC"))
+    print(f"{'95 % intervals':<25} {heads}    ECE      s  log loss, less the champion's")
     begin, figures, outer, inner, sizes = time.perf_counter(), [], {}, {}, {}
     for name, candidate in candidates().items():
         start = time.perf_counter()
@@ -131,31 +158,39 @@ def main() -> None:
         inner[name] = inner_validate(candidate, passengers, **how)
         sizes[name] = size_of(fit(candidate, X, y, ticket, arguments.seed))
         wide = outer[name].pivot(index="row", columns="repeat", values="probability").to_numpy()
-        figures.append(line(name, estimate(y, wide, ticket), time.perf_counter() - start))
+        figures.append(line(name, y, wide, ticket, start))
     start = time.perf_counter()
-    whole = nested(outer, inner, sizes, y, ticket)
+    whole, (p, _) = nested(outer, inner, sizes, y, ticket), nest(outer, inner, sizes, y, ticket)
+    champion = line("champion, chosen inside", y, p, ticket, start)
     took = time.perf_counter() - begin
-    champion = line("nested: the choice inside", whole.figures, time.perf_counter() - start)
-    folds = [ticket_folds(y, ticket, 10, shuffle) for shuffle in seeds(arguments.seed, arguments.repeats)]
+    folds = folds_of(next(iter(outer.values())))
     for name, (model, seen) in references(passengers).items():
         start = time.perf_counter()
-        figures.append(
-            line(name, reference(model, seen, folds, y, ticket, arguments.jobs), time.perf_counter() - start)
-        )
+        own = reference(model, seen, folds, y, arguments.jobs)
+        figures.append(line(name, y, own, ticket, start, than=p))
 
-    print("\nchosen in so many of the outer folds: " + ", ".join(f"{n} {c}" for n, c in whole.chosen.items() if c))
+    print(
+        "\nchosen in so many of the outer folds: "
+        + ", ".join(f"{n} {c}" for n, c in whole.chosen.items() if c)
+    )
     loss, ece = whole.figures["log_loss"], whole.figures["ece"]
     verdicts = {
         f"log loss {loss}, at most {LOG_LOSS}": loss.value <= LOG_LOSS,
         f"ECE {ece.value:.3f}, at most {ECE}": ece.value <= ECE,
-        f"nested cross-validation of all candidates, with intervals: {took:.0f} s, at most {SECONDS}": took <= SECONDS,
+        f"nested cross-validation of all candidates, with intervals: {took:.0f} s, at most {SECONDS}": took
+        <= SECONDS,
     }
     for text, met in verdicts.items():
         print(f"{'met' if met else 'NOT MET':<8} {text}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         said = {"bench": "evaluation", "at": int(time.time()), "cpus": os.cpu_count(), "nested": champion}
-        said |= {"nested_seconds": round(took, 1), "chosen": whole.chosen, "figures": figures, "repeats": arguments.repeats}
+        said |= {
+            "nested_seconds": round(took, 1),
+            "chosen": whole.chosen,
+            "figures": figures,
+            "repeats": arguments.repeats,
+        }
         with arguments.json.open("a") as file:
             file.write(json.dumps(said) + "\n")
 

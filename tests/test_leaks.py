@@ -82,7 +82,9 @@ def test_honest_tables_of_other_sizes_raise_no_alarm(passengers):
     y, random = passengers.survived.to_numpy(int), np.random.default_rng(3)
     tickets = passengers.ticket.unique()
     for share in [0.2] * 10 + [0.5] * 10 + [0.9] * 10:
-        rows = passengers.ticket.isin(random.choice(tickets, int(share * len(tickets)), replace=False)).to_numpy()
+        rows = passengers.ticket.isin(
+            random.choice(tickets, int(share * len(tickets)), replace=False)
+        ).to_numpy()
         part = passengers[rows].reset_index(drop=True)
         table = part.drop(columns=["survived", "boat", "body"])
         assert not [one.evidence for one in traces(table, y[rows], part.ticket.to_numpy(str)) if one.reveals]
@@ -162,7 +164,9 @@ def rows(passengers) -> np.ndarray:
 PEEKS = {
     "age": lambda t: t.age.fillna(t.age.median()),  # a median of everybody
     "fare": lambda t: (t.fare - t.fare.mean()) / t.fare.std(),  # a scale of everybody
-    "survived": lambda t: t.survived.astype(float).groupby(t.ticket).transform("mean"),  # companions' outcomes
+    "survived": lambda t: (
+        t.survived.astype(float).groupby(t.ticket).transform("mean")
+    ),  # companions' outcomes
     "embarked": lambda t: t.embarked.map(t.embarked.value_counts()),  # frequencies of everybody
     "sibsp": lambda t: t.sibsp.astype(float).rank(),  # ranks among everybody
 }

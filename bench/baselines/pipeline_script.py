@@ -23,9 +23,8 @@ def main(folder: Path, overrides: list[str]) -> None:
 
     import json
 
-    from mlflow.entities import Metric, Param
-
     import numpy as np
+    from mlflow.entities import Metric, Param
 
     from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
     from titanic_mlops.data.leaks import people, refuse_peeking, refuse_revealing, refuse_shared

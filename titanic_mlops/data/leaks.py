@@ -160,7 +160,7 @@ def refuse_revealing(
             )
     return found
 
-# %% ../../nbs/02_data/07_leaks.ipynb #c42909b0
+# %% ../../nbs/02_data/07_leaks.ipynb #b020cff1
 SAME_NAME = 0.90  # share of letters that two names have in common, in order
 
 
@@ -188,7 +188,9 @@ def people(
         plain = re.sub(r"[^a-z]+", " ", str(row["name"]).casefold()).strip()
         for part in (plain[:2], plain.split(" ", 1)[-1]):
             key = (row["sex"], row["pclass"], part)
-            blocks.setdefault(key, []).append((number, own | {"plain": plain}))
+            blocks.setdefault(key, []).append(
+                (number, {"age": own["age"], "fare": own["fare"], "plain": plain})
+            )
     for block in blocks.values():
         for (i, one), (j, other) in combinations(block, 2):
             if person[i] != person[j] and _same(one, other):

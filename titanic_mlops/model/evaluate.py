@@ -387,7 +387,7 @@ def choose(
     chosen = min((c for c in contenders if c.eligible), key=lambda c: (c.size, c.log_loss)).name
     return Choice(chosen=chosen, best=best, contenders=contenders)
 
-# %% ../../nbs/03_model/02_evaluate.ipynb #582ea3df
+# %% ../../nbs/03_model/02_evaluate.ipynb #47e867b3
 class Nested(BaseModel, frozen=True):
     "What the whole procedure, choice included, is worth out of fold."
 
@@ -419,7 +419,7 @@ def nest(
         }
         choices.append(choose(losses, sizes, ticket[rows]).chosen)
         predicted = outs[choices[-1]][repeat, held]
-        p[predicted["row"].to_numpy(), repeat] = predicted["probability"].to_numpy()
+        p[predicted["row"].to_numpy(), int(repeat)] = predicted["probability"].to_numpy()
     return p, choices
 
 

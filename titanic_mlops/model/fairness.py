@@ -37,7 +37,7 @@ def rates(
     )
     return frame.by_group
 
-# %% ../../nbs/03_model/10_fairness.ipynb #1c31aaf8
+# %% ../../nbs/03_model/10_fairness.ipynb #22249083
 def _drawn(
     likely: "np.ndarray",  # predicted to live, shape (n,)
     base: "np.ndarray",  # whom the rate is about, mask of shape (n,)
@@ -75,9 +75,9 @@ def _gap(by: str, rate: str, point: "pd.Series", drawn: "dict[Any, tuple[np.ndar
     return Gap(
         by=by,
         rate=rate,
-        groups={str(g): Estimate.of(point[g], drawn[g][0]) for g in point.index},
+        groups={str(g): Estimate.of(point.loc[g], drawn[g][0]) for g in point.index},
         counts={str(g): drawn[g][1] for g in point.index},
         lowest=str(low),
         highest=str(high),
-        difference=Estimate.of(point[high] - point[low], drawn[high][0] - drawn[low][0]),
+        difference=Estimate.of(point.loc[high] - point.loc[low], drawn[high][0] - drawn[low][0]),
     )

@@ -278,7 +278,7 @@ def plot_importance(evaluation: Evaluation) -> Plot:
     listed = ", ".join(one.column for one in evaluation.importance[:3])
     return _plot(draw, 6.4, 0.8 + 0.3 * len(evaluation.importance), f"The columns that matter most: {listed}")
 
-# %% ../../nbs/03_model/06_plots.ipynb #91f98547
+# %% ../../nbs/03_model/06_plots.ipynb #d3027718
 def plot_learning(evaluation: Evaluation) -> Plot:
     "Log loss out of fold, and of the passengers learnt from, for growing shares of the training tickets."
     points = evaluation.learning
@@ -297,7 +297,7 @@ def plot_learning(evaluation: Evaluation) -> Plot:
 
     first, last = points[0], points[-1]
     told = f"With {first.passengers} passengers the log loss is {first.log_loss}, with {last.passengers} it is {last.log_loss}"
-    return _plot(draw, 4.6, 3.6, told)
+    return _plot(draw, 8.6, 3.2, told)
 
 # %% ../../nbs/03_model/06_plots.ipynb #8ad90217
 def plot_recalibration(evaluation: Evaluation) -> Plot:
@@ -343,7 +343,7 @@ def plot_fairness(evaluation: Evaluation) -> Plot:
     told = f"The widest gap is that of the {widest.rate} by {widest.by}: {widest.difference}"
     return _plot(draw, 8.6, 0.9 + 0.29 * len(rows), told, columns=len(rates), sharey=True)
 
-# %% ../../nbs/03_model/06_plots.ipynb #3802b756
+# %% ../../nbs/03_model/06_plots.ipynb #5b340689
 def plot_sensitivity(evaluation: Evaluation) -> Plot:
     "Rise of the log loss, and share of passengers who change sides, when an input is missing or wrong."
     found = sorted(evaluation.sensitivity, key=lambda one: -one.flipped)
@@ -353,6 +353,8 @@ def plot_sensitivity(evaluation: Evaluation) -> Plot:
         _dots(left, labels, [one.log_loss_rise for one in found], text=False)
         left.axvline(0, color=QUIET, linewidth=1)
         left.set_title("Rise of the log loss, nats")
+        left.set_xscale("symlog", linthresh=0.1)  # a wrong unit would dwarf all others
+        left.set_xticks([0, 0.05, 0.1, 1], ["0", "0.05", "0.1", "1"])
         for row, one in enumerate(found):
             right.barh(row, one.flipped, color=SECOND, alpha=0.75, height=0.6)
             right.text(one.flipped + 0.01, row, f"{one.flipped:.1%}", va="center", fontsize=8.5)

@@ -62,7 +62,7 @@ def learning_curve(
         for step, share in enumerate(SHARES)
     ]
 
-# %% ../../nbs/03_model/11_robustness.ipynb #d9c4e0f7
+# %% ../../nbs/03_model/11_robustness.ipynb #5e718449
 def changes(
     passengers: "pd.DataFrame",  # contract columns
 ) -> "Iterator[tuple[str, str, pd.DataFrame]]":  # column, what was done to it, the changed passengers
@@ -72,7 +72,7 @@ def changes(
             yield (
                 c.name,
                 "missing",
-                passengers.assign(**{c.name: passengers[c.name].mask([True] * len(passengers))}),
+                passengers.assign(**{c.name: passengers[c.name].mask(passengers[c.name].notna())}),
             )
     age, fare = passengers["age"], passengers["fare"]
     for years in (-2, 2):
