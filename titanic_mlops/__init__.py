@@ -9,6 +9,8 @@ MODULES = {
     **dict.fromkeys(("errors", "settings", "logs", "store"), "ground"),
     **dict.fromkeys(("contract", "sources", "quality", "features"), "data"),
     **dict.fromkeys(("targets", "rowcheck", "strategies", "contract_versions"), "data"),
+    **dict.fromkeys(("leaks",), "data"),
+    **dict.fromkeys(("fairness", "robustness"), "model"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting"), "flow"),

@@ -23,18 +23,30 @@ def main(folder: Path, overrides: list[str]) -> None:
 
     import json
 
+    import numpy as np
     from mlflow.entities import Metric, Param
 
-    from titanic_mlops.data.features import feature_frame
+    from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
+    from titanic_mlops.data.leaks import people, refuse_peeking, refuse_revealing, refuse_shared
     from titanic_mlops.data.quality import data_docs, judge
     from titanic_mlops.data.sources import canonical, read, snapshot
     from titanic_mlops.ground.store import Artifacts
     from titanic_mlops.model import plots
     from titanic_mlops.model.bundle import Bundle, Lineage, describe, require_parity, to_onnx, write_bundle
-    from titanic_mlops.model.evaluate import choose, estimate, evaluate
+    from titanic_mlops.model.evaluate import choose, estimate, evaluate, nested, surprises
     from titanic_mlops.model.gate import Floors, decide, floor_conditions
     from titanic_mlops.model.report import Champion, Quality, Report, Scored, TableRule, render_report
-    from titanic_mlops.model.train import Candidate, cross_validate, fit, holdout_mask, probabilities
+    from titanic_mlops.model.robustness import examine
+    from titanic_mlops.model.train import (
+        Candidate,
+        cross_validate,
+        fit,
+        fit_on,
+        holdout_mask,
+        inner_validate,
+        probabilities,
+        size_of,
+    )
 
     experiment = client.get_experiment_by_name(own.mlflow_experiment).experiment_id
     parent = client.create_run(experiment, run_name="script").info.run_id
@@ -62,6 +74,8 @@ def main(folder: Path, overrides: list[str]) -> None:
         config.source
     )
     verdict.quarantined.to_csv(out / "quarantine.csv", index=False)
+    outcome = verdict.accepted["survived"].to_numpy(int)
+    refuse_revealing(verdict.accepted, outcome, verdict.accepted["ticket"].to_numpy(str))
     data_docs(verdict.accepted, out / "data_docs")
     passengers = canonical(verdict.accepted)
     log("validate", {}, {"accepted": len(passengers)}, out / "data_docs", out / "quarantine.csv")
@@ -71,21 +85,37 @@ def main(folder: Path, overrides: list[str]) -> None:
     training = passengers[~held_out].reset_index(drop=True)
     holdout = passengers[held_out].reset_index(drop=True)
     y, ticket = training["survived"].to_numpy(int), training["ticket"].to_numpy(str)
-    figures, models = {}, {}
+    figures, models, candidates, oof, inside, losses = {}, {}, {}, {}, {}, {}
+    folds, seed = config.cv.folds, config.seed
     for name, c in config.model.candidates.items():
-        candidate = Candidate(c.kind, c.hyperparameters, c.calibration, c.with_deck)
-        oof = cross_validate(candidate, training, config.cv.folds, config.cv.repeats, config.seed)
-        wide = oof.pivot(index="row", columns="repeat", values="probability").to_numpy()
-        figures[name] = estimate(y, wide, ticket, seed=config.seed)
-        models[name] = fit(candidate, feature_frame(training), y, ticket, config.seed)
+        candidate = candidates[name] = Candidate(c.kind, c.hyperparameters, c.calibration, c.with_deck)
+        oof[name] = cross_validate(candidate, training, folds, config.cv.repeats, seed)
+        wide = oof[name].pivot(index="row", columns="repeat", values="probability").to_numpy()
+        figures[name], losses[name] = estimate(y, wide, ticket, seed=seed), surprises(y, wide)
+        if config.cv.inner and folds > 2:
+            inside[name] = inner_validate(candidate, training, folds, 1, seed, config.cv.inner)
+        person = people(passengers)
+        refuse_shared(passengers, np.where(held_out, "hold-out", "training"), person)
+        for _, repeat in oof[name].groupby("repeat"):
+            refuse_shared(training, repeat.sort_values("row")["fold"].to_numpy(), person[~held_out])
+        refuse_revealing(feature_frame(training)[[*NUMERIC, *CATEGORICAL]], y, ticket, single=False)
+        fit_rows = oof[name].query("repeat == 0 and fold != 0")["row"].to_numpy()
+        refuse_peeking(lambda t, rows, own=candidate: fit_on(own, t, rows, seed), training, fit_rows)
+        models[name] = fit(candidate, feature_frame(training), y, ticket, seed)
         log(f"train.{name}", candidate.settings, {k: e.value for k, e in figures[name].items()})
 
     # evaluate
-    chosen = choose(figures)
+    sizes = {name: size_of(one) for name, one in models.items()}
+    choice = choose(losses, sizes, ticket)
+    whole = nested(oof, inside, sizes, y, ticket, seed) if inside else None
+    chosen = choice.chosen
     model = models[chosen]
     predict = lambda frame: probabilities(model, feature_frame(frame))
     evaluation = evaluate(chosen, figures, predict, training, holdout, config.seed)
-    drawn = ("candidates", "roc", "calibration", "slices", "confusion", "importance")
+    evaluation = evaluation.model_copy(update={"choice": choice, "nested": whole})
+    evaluation = examine(evaluation, candidates[chosen], predict, oof[chosen], training, holdout)
+    drawn = ("candidates", "roc", "calibration", "recalibration", "learning", "fairness", "sensitivity")
+    drawn += ("slices", "confusion", "importance")
     for name in drawn:
         (out / f"{name}.png").write_bytes(getattr(plots, f"plot_{name}")(evaluation).png())
     found = {k: e.value for k, e in evaluation.holdout.items()}

@@ -50,6 +50,7 @@ class Split(_Section):
 class CrossValidation(_Section):
     folds: Annotated[int, Field(ge=2, le=50)]
     repeats: Annotated[int, Field(ge=1, le=50, description="reshuffles of the folds")]
+    inner: Annotated[int, Field(ge=0, le=48, description="inner folds for each outer one; 0: none")]
 
 
 class Gate(_Section):

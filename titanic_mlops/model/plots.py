@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'QUIET', 'ACCENT', 'SECOND', 'STYLE', 'Plot', 'plot_candidates', 'plot_roc', 'plot_calibration',
-           'plot_confusion', 'plot_slices', 'plot_importance', 'plot_missing', 'plot_scores']
+           'plot_confusion', 'plot_slices', 'plot_importance', 'plot_learning', 'plot_recalibration', 'plot_fairness',
+           'plot_sensitivity', 'plot_missing', 'plot_scores']
 
 # %% ../../nbs/03_model/06_plots.ipynb #8ea49029
 import base64
@@ -143,7 +144,7 @@ def plot_candidates(evaluation: Evaluation) -> Plot:
             axes.set_xlabel("log loss, nats (less is better), 95 % interval")
 
     best = evaluation.holdout["log_loss"]
-    description = f"{evaluation.chosen} has the least log loss out of fold; on the hold-out it has {best}"
+    description = f"{evaluation.chosen} was chosen; on the hold-out its log loss is {best}"
     return _plot(draw, 8.6, 2.6, description, columns=2)
 
 # %% ../../nbs/03_model/06_plots.ipynb #16af5cf6
@@ -276,6 +277,95 @@ def plot_importance(evaluation: Evaluation) -> Plot:
 
     listed = ", ".join(one.column for one in evaluation.importance[:3])
     return _plot(draw, 6.4, 0.8 + 0.3 * len(evaluation.importance), f"The columns that matter most: {listed}")
+
+# %% ../../nbs/03_model/06_plots.ipynb #d3027718
+def plot_learning(evaluation: Evaluation) -> Plot:
+    "Log loss out of fold, and of the passengers learnt from, for growing shares of the training tickets."
+    points = evaluation.learning
+
+    def draw(axes: "Axes") -> None:
+        count = [one.passengers for one in points]
+        low, high = [one.log_loss.low for one in points], [one.log_loss.high for one in points]
+        axes.fill_between(count, low, high, color=ACCENT, alpha=0.12, linewidth=0)
+        axes.plot(count, [one.log_loss.value for one in points], "o-", color=ACCENT, linewidth=2)
+        axes.plot(count, [one.own for one in points], "s--", color=SECOND, linewidth=1.6, markersize=5)
+        axes.annotate("out of fold", (count[0], points[0].log_loss.value), (8, 6), textcoords="offset points")
+        axes.annotate("learnt from", (count[0], points[0].own), (8, -14), textcoords="offset points")
+        axes.set_xlabel("passengers to learn from")
+        axes.set_ylabel("log loss, nats")
+        axes.set(xlim=(0, 1.05 * count[-1]), ylim=(0, 1.1 * max(high)))
+
+    first, last = points[0], points[-1]
+    told = f"With {first.passengers} passengers the log loss is {first.log_loss}, with {last.passengers} it is {last.log_loss}"
+    return _plot(draw, 8.6, 3.2, told)
+
+# %% ../../nbs/03_model/06_plots.ipynb #8ad90217
+def plot_recalibration(evaluation: Evaluation) -> Plot:
+    "Two reliability diagrams, of training rows out of fold: before and after calibration."
+    sides = evaluation.calibrated
+
+    def draw(*both: "Axes") -> None:
+        for axes, (name, side) in zip(both, sides.items(), strict=True):
+            axes.plot([0, 1], [0, 1], color=QUIET, linestyle=":", linewidth=1.2)
+            for one in side.bins:
+                axes.plot(
+                    [one.predicted] * 2, [one.observed.low, one.observed.high], color=ACCENT, linewidth=2
+                )
+                axes.plot(one.predicted, one.observed.value, "o", color=ACCENT, markersize=5)
+            axes.set(xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
+            loss, ece = side.figures["log_loss"].value, side.figures["ece"].value
+            axes.set_title(f"{name.capitalize()}: ECE {ece:.3f}, log loss {loss:.3f}")
+            axes.set_xlabel("predicted probability")
+        both[0].set_ylabel("share who lived")
+
+    told = ", ".join(f"ECE {name} calibration {side.figures['ece']}" for name, side in sides.items())
+    return _plot(draw, 8.2, 3.9, told, columns=2)
+
+# %% ../../nbs/03_model/06_plots.ipynb #b50025ee
+def plot_fairness(evaluation: Evaluation) -> Plot:
+    "Selection rate, TPR and FPR of each group."
+    rates = list(dict.fromkeys(one.rate for one in evaluation.fairness))
+    slicings = list(dict.fromkeys(one.by for one in evaluation.fairness))
+    of = {(one.by, one.rate): one for one in evaluation.fairness}
+    rows = [(by, group) for by in slicings for group in of[by, rates[0]].groups]
+    labels = [f"{by}: {group}" for by, group in rows]
+
+    def draw(*three: "Axes") -> None:
+        for axes, rate in zip(three, rates, strict=True):
+            _dots(axes, labels, [of[by, rate].groups[group] for by, group in rows], text=False)
+            axes.set(xlim=(0, 1))
+            axes.set_title(rate)
+            for row in range(1, len(rows)):
+                if rows[row][0] != rows[row - 1][0]:
+                    axes.axhline(row - 0.5, color=QUIET, alpha=0.35, linewidth=0.8)
+
+    widest = max(evaluation.fairness, key=lambda one: one.difference.value)
+    told = f"The widest gap is that of the {widest.rate} by {widest.by}: {widest.difference}"
+    return _plot(draw, 8.6, 0.9 + 0.29 * len(rows), told, columns=len(rates), sharey=True)
+
+# %% ../../nbs/03_model/06_plots.ipynb #5b340689
+def plot_sensitivity(evaluation: Evaluation) -> Plot:
+    "Rise of the log loss, and share of passengers who change sides, when an input is missing or wrong."
+    found = sorted(evaluation.sensitivity, key=lambda one: -one.flipped)
+    labels = [f"{one.column}: {one.change}" for one in found]
+
+    def draw(left: "Axes", right: "Axes") -> None:
+        _dots(left, labels, [one.log_loss_rise for one in found], text=False)
+        left.axvline(0, color=QUIET, linewidth=1)
+        left.set_title("Rise of the log loss, nats")
+        left.set_xscale("symlog", linthresh=0.1)  # a wrong unit would dwarf all others
+        left.set_xticks([0, 0.05, 0.1, 1], ["0", "0.05", "0.1", "1"])
+        for row, one in enumerate(found):
+            right.barh(row, one.flipped, color=SECOND, alpha=0.75, height=0.6)
+            right.text(one.flipped + 0.01, row, f"{one.flipped:.1%}", va="center", fontsize=8.5)
+        right.set(xlim=(0, 1.15 * max(one.flipped for one in found) + 0.02))
+        right.xaxis.set_major_formatter("{x:.0%}")
+        right.tick_params(axis="y", length=0)
+        right.spines["left"].set_visible(False)
+        right.set_title("Passengers who change sides")
+
+    told = ", ".join(f"{label} {one.flipped:.1%}" for label, one in zip(labels[:3], found[:3], strict=True))
+    return _plot(draw, 8.6, 0.8 + 0.27 * len(found), f"Most change sides with {told}", columns=2, sharey=True)
 
 # %% ../../nbs/03_model/06_plots.ipynb #c8db5f6d
 def plot_missing(

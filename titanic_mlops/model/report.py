@@ -121,5 +121,13 @@ def render_report(
         "importance": plots.plot_importance(evaluation),
         "missing": plots.plot_missing(report.quality.missing),
     }
+    for name, there in (
+        ("recalibration", evaluation.calibrated),
+        ("learning", evaluation.learning),
+        ("fairness", evaluation.fairness),
+        ("sensitivity", evaluation.sensitivity),
+    ):
+        if there:  # an older run did not measure it
+            drawn[name] = getattr(plots, f"plot_{name}")(evaluation)
     figures = {name: Markup(plot.svg()) for name, plot in drawn.items()}
     return _template().render(report=report, figures=figures, labels=LABELS)

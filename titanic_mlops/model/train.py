@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TRUSTED_TYPES', 'holdout_mask', 'Candidate', 'build', 'ticket_folds', 'fit', 'probabilities', 'save_model',
-           'load_model', 'cross_validate']
+           'load_model', 'cross_validate', 'inner_validate', 'fit_on', 'size_of']
 
 # %% ../../nbs/03_model/01_train.ipynb #8330024e
 import hashlib
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 from zipfile import ZipFile, ZipInfo
 
@@ -44,8 +45,8 @@ def holdout_mask(
 KINDS: dict[str, dict[str, Any]] = {  # hyperparameters and their defaults, by kind
     "logistic": {"C": 0.3, "min_frequency": 5},
     "boosting": {
-        "learning_rate": 0.06,
-        "max_iter": 100,
+        "learning_rate": 0.1,
+        "max_iter": 60,
         "max_leaf_nodes": 6,
         "min_samples_leaf": 20,
         "l2_regularization": 5.0,
@@ -143,9 +144,12 @@ def fit(
     seed: int = 0,
 ) -> "ClassifierMixin":  # fitted, calibrated if the candidate asks for it
     "Fit a candidate. *Source* of the calibration: Platt (1999), sigmoid."
+    from sklearn.model_selection import GroupKFold
     from threadpoolctl import threadpool_limits
 
-    folds = ticket_folds(y, ticket, folds=5, seed=seed) if candidate.calibration == "sigmoid" else None
+    folds = None
+    if candidate.calibration == "sigmoid":  # not stratified, which would take longer than a fit
+        folds = list(GroupKFold(5, shuffle=True, random_state=seed).split(X, groups=ticket))
     with threadpool_limits(limits=1):
         return build(candidate, seed, folds).fit(X, y)
 
@@ -214,26 +218,30 @@ def load_model(
             do="run the step train again",
         ) from error
 
-# %% ../../nbs/03_model/01_train.ipynb #5f132579
-def cross_validate(
-    candidate: Candidate,
-    passengers: "pd.DataFrame",  # training rows, contract columns with the outcome
-    folds: int = 10,
-    repeats: int = 2,  # reshuffles of the folds
-    seed: int = 0,
-) -> "pd.DataFrame":  # one row per passenger and repeat: row, repeat, fold, probability
-    "Out-of-fold probabilities by ticket-grouped cross-validation; everything is refitted in each fold."
-    import pandas as pd
+# %% ../../nbs/03_model/01_train.ipynb #a473dcbf
+def _both(model: "ClassifierMixin", X: "pd.DataFrame") -> "tuple[np.ndarray, np.ndarray]":
+    "Probabilities after and before calibration, each of shape (n_passengers,)."
+    from threadpoolctl import threadpool_limits
 
-    X = feature_frame(passengers)
-    y, ticket = passengers.survived.to_numpy(int), passengers.ticket.to_numpy(str)
-    parts = []
-    for repeat, shuffle in enumerate(_seeds(seed, repeats)):
-        for number, (fit_rows, out) in enumerate(ticket_folds(y, ticket, folds, shuffle)):
-            model = fit(candidate, X.iloc[fit_rows], y[fit_rows], ticket[fit_rows], shuffle)
-            p = probabilities(model, X.iloc[out])
-            parts.append(pd.DataFrame({"row": out, "repeat": repeat, "fold": number, "probability": p}))
-    return pd.concat(parts).sort_values(["repeat", "row"], ignore_index=True)
+    p = probabilities(model, X)
+    calibrated = getattr(model[-1], "calibrated_classifiers_", None)
+    if not calibrated:
+        return p, p
+    with threadpool_limits(limits=1):
+        return p, calibrated[0].estimator.predict_proba(model[:-1].transform(X))[:, 1]
+
+
+def _predicted(
+    candidate: Candidate,
+    table: tuple["pd.DataFrame", "np.ndarray", "np.ndarray"],  # features, outcomes, tickets
+    fit_rows: "np.ndarray",
+    outs: list["np.ndarray"],  # rows to predict, in parts
+    seed: int,
+) -> list[tuple["np.ndarray", "np.ndarray"]]:  # probabilities and raw ones of each part
+    "Fit on some rows, predict others."
+    X, y, ticket = table
+    model = fit(candidate, X.iloc[fit_rows], y[fit_rows], ticket[fit_rows], seed)
+    return [_both(model, X.iloc[out]) for out in outs]
 
 
 def _seeds(seed: int, count: int) -> Iterator[int]:
@@ -241,3 +249,93 @@ def _seeds(seed: int, count: int) -> Iterator[int]:
     import numpy as np
 
     return iter(np.random.SeedSequence(seed).generate_state(count).tolist())
+
+# %% ../../nbs/03_model/01_train.ipynb #5f132579
+def cross_validate(
+    candidate: Candidate,
+    passengers: "pd.DataFrame",  # training rows, contract columns with the outcome
+    folds: int = 10,
+    repeats: int = 2,  # reshuffles of the folds
+    seed: int = 0,
+    jobs: int = 1,  # processes; more of them give the same digits
+) -> "pd.DataFrame":  # one row per passenger and repeat: row, repeat, fold, probability, raw
+    "Out-of-fold probabilities by ticket-grouped cross-validation; everything is refitted in each fold."
+    import pandas as pd
+    from joblib import Parallel, delayed
+
+    table = _table(passengers)
+    plan = [
+        (repeat, number, shuffle, fit_rows, out)
+        for repeat, shuffle in enumerate(_seeds(seed, repeats))
+        for number, (fit_rows, out) in enumerate(ticket_folds(table[1], table[2], folds, shuffle))
+    ]
+    found = Parallel(jobs)(
+        delayed(_predicted)(candidate, table, fit_rows, [out], shuffle)
+        for _, _, shuffle, fit_rows, out in plan
+    )
+    parts = [
+        pd.DataFrame({"row": out, "repeat": repeat, "fold": number, "probability": p, "raw": raw})
+        for (repeat, number, _, _, out), [(p, raw)] in zip(plan, found, strict=True)
+    ]
+    return pd.concat(parts).sort_values(["repeat", "row"], ignore_index=True)
+
+
+def _table(passengers: "pd.DataFrame") -> tuple["pd.DataFrame", "np.ndarray", "np.ndarray"]:
+    "Features, outcomes and tickets; features hang on their own row only, so they are derived once."
+    return feature_frame(passengers), passengers.survived.to_numpy(int), passengers.ticket.to_numpy(str)
+
+# %% ../../nbs/03_model/01_train.ipynb #65ff3f40
+def inner_validate(
+    candidate: Candidate,
+    passengers: "pd.DataFrame",  # training rows, contract columns with the outcome
+    folds: int = 10,
+    repeats: int = 1,  # reshuffles, the first ones of `cross_validate`
+    inner: int | None = None,  # inner folds for each outer one, an even number; all others if None
+    seed: int = 0,
+    jobs: int = 1,
+) -> "pd.DataFrame":  # one row per passenger, repeat and fold put aside: row, repeat, held, probability
+    "Out-of-fold probabilities within the other folds, for every outer fold; the folds are those of `cross_validate`."
+    import numpy as np
+    import pandas as pd
+    from joblib import Parallel, delayed
+
+    table = _table(passengers)
+    plan = []
+    for repeat, shuffle in enumerate(_seeds(seed, repeats)):
+        outs = [out for _, out in ticket_folds(table[1], table[2], folds, shuffle)]
+        for a, b in combinations(range(folds), 2):
+            if inner is not None and min(b - a, folds - b + a) > inner // 2:  # not neighbours in the ring
+                continue
+            fit_rows = np.setdiff1d(np.arange(len(passengers)), np.r_[outs[a], outs[b]])
+            plan.append((repeat, shuffle, (a, b), fit_rows, [outs[b], outs[a]]))
+    found = Parallel(jobs)(
+        delayed(_predicted)(candidate, table, fit_rows, pair, shuffle)
+        for _, shuffle, _, fit_rows, pair in plan
+    )
+    parts = [
+        pd.DataFrame({"row": out, "repeat": repeat, "held": held, "probability": p})
+        for (repeat, _, both, _, pair), predicted in zip(plan, found, strict=True)
+        for held, out, (p, _) in zip(both, pair, predicted, strict=True)
+    ]
+    return pd.concat(parts).sort_values(["repeat", "held", "row"], ignore_index=True)
+
+# %% ../../nbs/03_model/01_train.ipynb #5053a334
+def fit_on(
+    candidate: Candidate,
+    passengers: "pd.DataFrame",  # contract columns with the outcome
+    rows: "np.ndarray",  # numbers of the rows to learn from
+    seed: int = 0,
+) -> "np.ndarray":  # probabilities of these rows, shape (n_rows,)
+    "Fit a candidate on some rows of a table as each fold does, and predict the same rows."
+    [(p, _)] = _predicted(candidate, _table(passengers), rows, [rows], seed)
+    return p
+
+# %% ../../nbs/03_model/01_train.ipynb #e46407ed
+def size_of(model: "ClassifierMixin") -> int:  # numbers
+    "How many numbers a fitted candidate has learnt."
+    last = model[-1]
+    if calibrated := getattr(last, "calibrated_classifiers_", None):
+        return 2 + size_of([calibrated[0].estimator])
+    if hasattr(last, "coef_"):
+        return int(last.coef_.size + last.intercept_.size)
+    return sum(len(tree.nodes) for trees in last._predictors for tree in trees)
