@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ground.errors import ParameterError, nearest
+from ..model.gate import Policy
 
 # %% ../../nbs/04_flow/01_configuration.ipynb #5e43bd41
 class _Section(BaseModel):
@@ -52,10 +53,8 @@ class CrossValidation(_Section):
     repeats: Annotated[int, Field(ge=1, le=50, description="reshuffles of the folds")]
 
 
-class Gate(_Section):
-    roc_auc_low: Annotated[float, Field(ge=0, le=1, description="floor for the interval of the ROC-AUC")]
-    log_loss_high: Annotated[float, Field(ge=0, description="ceiling for the interval of the log loss, nats")]
-    ece: Annotated[float, Field(ge=0, le=1, description="ceiling for the calibration error")]
+class Gate(Policy, _Section):
+    "The gate's policy, as the model plane has it."
 
 
 class RunConfig(_Section):
