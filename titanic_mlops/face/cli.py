@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .gate_commands import gate_app
 from ..ground.errors import SettingsError, explain
 from ..ground.settings import Settings, settings
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The Titanic, end to end: a production-grade ML system written in notebooks.",
 )
+app.add_typer(gate_app, name="gate")
 console = Console(highlight=False, soft_wrap=True)
 
 # %% ../../nbs/05_face/01_cli.ipynb #a3cba12f
