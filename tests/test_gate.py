@@ -285,3 +285,20 @@ def test_a_loosened_policy_lets_somebody_through_and_selftest_says_so(tmp_path: 
     assert {o.case: o.ok for o in found.outcomes} == {"flattened": False, "manifest lost": True}
     assert found.catches()["small"] == (0, 0)  # it had no occasion, and the page says so
     assert any("caught nothing" in line for line in _condition_lines(found))
+
+
+@pytest.mark.long
+def test_a_champion_that_can_not_answer_is_a_coin(tmp_path: Path):
+    from dataclasses import replace
+
+    from titanic_mlops.model.conditions import examine
+    from titanic_mlops.model.selftest import Arena, Attempt, prepare
+    from titanic_mlops.model.train import Candidate
+
+    arena = Arena(tmp_path)
+    entry = prepare(Attempt(candidate=Candidate("logistic", {"C": 0.2})), arena, tmp_path / "challenger")
+    champion = arena.champion("standing")
+    mute = replace(champion, p=np.full(len(champion.p), np.nan))
+    decision = examine(entry.contender, mute, entry.evidence, Policy(fairness=1.0, changed=1.0))
+    assert decision.outcome == "better" and decision.promote
+    assert Decision.model_validate_json(decision.model_dump_json()) == decision

@@ -12,7 +12,7 @@ __all__ = ['Age', 'ALONE', 'MEETING', 'checked_bundle', 'contract_condition', 'b
 
 # %% ../../nbs/03_model/14_conditions.ipynb #f90c52ef
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -639,6 +639,8 @@ def examine(
     seed: int = 0,  # draws of the fairness intervals
 ) -> Decision:
     "The whole gate: every condition, the comparison, and what the policy makes of them."
+    import numpy as np
+
     conditions = [*evidence.given, *integrity_conditions(challenger, evidence, policy)]
     if any(not c.passed for c in conditions if c.name in ("contract version", "finite")):
         return decide(conditions, None, policy=policy, override=override)
@@ -647,6 +649,7 @@ def examine(
     comparison: Comparison | None = None
     smaller = False
     if champion is not None and not same:
+        champion = replace(champion, p=np.where(np.isfinite(champion.p), champion.p, 0.5))
         conditions += swap_conditions(challenger, champion, evidence, policy, seed)
         rows = evidence.held_out
         test = evidence.passengers[rows]

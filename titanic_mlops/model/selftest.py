@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOGISTIC', 'HISTORY', 'BY_HEART', 'CHAMPIONS', 'DECK', 'DATA_CASES', 'LEAK_CASES', 'MODEL_CASES', 'BUNDLE_CASES',
-           'HONEST_CASES', 'CASES', 'Attempt', 'Arena', 'Prepared', 'prepare', 'attempt_gate', 'reweighted', 'worsened',
-           'leans_on_the_queue', 'slowed', 'with_ballast', 'with_nan', 'cut', 'turned', 'forged',
-           'with_shuffled_outcome', 'with_outcome_in_title', 'with_doubles', 'with_cabins_of_the_living',
-           'of_steerage_women', 'wrong_about', 'with_the_test', 'some_tickets', 'Case', 'Outcome', 'caught_by',
-           'run_case', 'World', 'make_world', 'tie', 'Rate', 'Alarms', 'false_alarms', 'SelfTest', 'self_test']
+           'HURRY', 'OVERRIDE_CASES', 'HONEST_CASES', 'CASES', 'Attempt', 'Arena', 'Prepared', 'prepare',
+           'attempt_gate', 'reweighted', 'worsened', 'leans_on_the_queue', 'slowed', 'with_ballast', 'with_nan', 'cut',
+           'turned', 'forged', 'with_shuffled_outcome', 'with_outcome_in_title', 'with_doubles',
+           'with_cabins_of_the_living', 'of_steerage_women', 'wrong_about', 'with_the_test', 'some_tickets', 'Case',
+           'Outcome', 'caught_by', 'run_case', 'World', 'make_world', 'tie', 'Rate', 'Alarms', 'false_alarms',
+           'SelfTest', 'self_test']
 
 # %% ../../nbs/03_model/08_selftest.ipynb #147e9370
 import copy
@@ -47,6 +48,7 @@ from titanic_mlops.model.gate import (
     POLICY,
     Condition,
     Decision,
+    Override,
     Policy,
     compare,
     decide,
@@ -82,6 +84,7 @@ class Attempt:
     folder: Callable[[Path], None] = _same  # the bundle on disk, after it was sealed
     champion: str = "standing"  # against whom; empty: nobody
     snapshot: str = "standing"  # name of the rows; see `HISTORY`
+    override: Override | None = None  # somebody overrules the gate
 
 
 HISTORY = ("former", "standing")  # snapshots in the order of their registration
@@ -229,7 +232,7 @@ def attempt_gate(
     champion = arena.champion(attempt.champion)
     if champion is not None:
         champion = Contender.of(champion.bundle, feature_frame(entry.evidence.passengers))
-    return examine(entry.contender, champion, entry.evidence, arena.policy, seed=arena.seed)
+    return examine(entry.contender, champion, entry.evidence, arena.policy, attempt.override, seed=arena.seed)
 
 # %% ../../nbs/03_model/08_selftest.ipynb #f2ec4007
 def reweighted(factor: float, shift: float = 0.0) -> Callable[[Any, Arena], Any]:
@@ -455,7 +458,7 @@ class Case:
     @property
     def saboteur(self) -> bool:
         "Is it meant to do harm?"
-        return self.outcome in ("stopped", "worse")
+        return self.outcome in ("stopped", "worse") and not self.promoted
 
 
 def _rows(change: Callable[["pd.DataFrame"], "pd.DataFrame"], **more: Any) -> Attempt:
@@ -532,6 +535,13 @@ BUNDLE_CASES = (
     Case("manifest lost", Attempt(folder=lambda f: (f / "manifest.json").unlink()), by="bundle verified"),
     Case("next contract's major version", Attempt(info={"contract_version": "99.0.0"}), by="contract version"),
 )  # fmt: skip
+
+# %% ../../nbs/03_model/08_selftest.ipynb #5ab0ca5f
+HURRY = Override(by="B. Ismay", reason="we want to be in New York on Tuesday")
+OVERRIDE_CASES = (
+    Case("forged, and overruled", Attempt(folder=forged, override=HURRY), by="graph and twin agree"),
+    Case("NaN weight, and overruled", Attempt(graph=with_nan, override=HURRY), by="finite"),
+)
 HONEST_CASES = (
     Case("the first model", Attempt(champion=""), "first", promoted=True),
     Case("the champion itself", Attempt(), "same", by="policy"),
@@ -540,9 +550,22 @@ HONEST_CASES = (
     Case("equal and smaller", Attempt(champion="heavy"), "inconclusive", promoted=True),
     Case("equal, on newer data", Attempt(champion="former"), "inconclusive", promoted=True),
     Case("better by 0.05 nats", Attempt(champion="tired"), "better", promoted=True),
+    Case(
+        "threshold moved, and overruled",
+        Attempt(info={"threshold": 0.97}, override=HURRY),
+        by="steady",
+        promoted=True,
+    ),
     Case("better: champion is the timid one", Attempt(champion="timid"), "better", promoted=True),
 )  # fmt: skip
-CASES: tuple[Case, ...] = (*DATA_CASES, *LEAK_CASES, *MODEL_CASES, *BUNDLE_CASES, *HONEST_CASES)
+CASES: tuple[Case, ...] = (
+    *DATA_CASES,
+    *LEAK_CASES,
+    *MODEL_CASES,
+    *BUNDLE_CASES,
+    *OVERRIDE_CASES,
+    *HONEST_CASES,
+)
 
 # %% ../../nbs/03_model/08_selftest.ipynb #b8486955
 class Outcome(BaseModel, frozen=True):
