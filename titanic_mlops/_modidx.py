@@ -1056,6 +1056,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'titanic_mlops/model/selftest.py'),
                                               'titanic_mlops.model.selftest.SelfTest': ( '03_model/selftest.html#selftest',
                                                                                          'titanic_mlops/model/selftest.py'),
+                                              'titanic_mlops.model.selftest.SelfTest.__repr__': ( '03_model/selftest.html#selftest.__repr__',
+                                                                                                  'titanic_mlops/model/selftest.py'),
                                               'titanic_mlops.model.selftest.SelfTest._repr_markdown_': ( '03_model/selftest.html#selftest._repr_markdown_',
                                                                                                          'titanic_mlops/model/selftest.py'),
                                               'titanic_mlops.model.selftest.SelfTest.catches': ( '03_model/selftest.html#selftest.catches',

@@ -834,10 +834,13 @@ class SelfTest(BaseModel, frozen=True):
             self.alarms is None or max(self.alarms.ties.low, self.alarms.honest.low) <= self.alarms.promised
         )
 
+    def __repr__(self) -> str:
+        return f"SelfTest({sum(o.ok for o in self.outcomes)} of {len(self.outcomes)} cases as expected)"
+
     def catches(self) -> dict[str, tuple[int, int]]:
         "For each condition: how many saboteurs it caught, and how many nothing else caught."
         caught = [o.caught_by for o in self.outcomes if o.saboteur]
-        names = dict.fromkeys(name for o in self.outcomes for name in (*o.asked, "comparison"))
+        names = [*dict.fromkeys(name for o in self.outcomes for name in o.asked), "comparison"]
         return {n: (sum(n in by for by in caught), sum(by == [n] for by in caught)) for n in names}
 
     def _repr_markdown_(self) -> str:
