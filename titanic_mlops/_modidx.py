@@ -950,6 +950,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'titanic_mlops/model/gate.py'),
                                           'titanic_mlops.model.gate.log_losses': ( '03_model/gate.html#log_losses',
                                                                                    'titanic_mlops/model/gate.py'),
+                                          'titanic_mlops.model.gate.overrule': ( '03_model/gate.html#overrule',
+                                                                                 'titanic_mlops/model/gate.py'),
                                           'titanic_mlops.model.gate.split_condition': ( '03_model/gate.html#split_condition',
                                                                                         'titanic_mlops/model/gate.py'),
                                           'titanic_mlops.model.gate.ticket_interval': ( '03_model/gate.html#ticket_interval',

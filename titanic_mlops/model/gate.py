@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Effect', 'POLICY', 'Condition', 'Floors', 'floor_conditions', 'split_condition', 'ticket_interval', 'Comparison',
-           'log_losses', 'compare', 'Policy', 'effect', 'Override', 'Decision', 'decide']
+           'log_losses', 'compare', 'Policy', 'effect', 'Override', 'Decision', 'overrule', 'decide']
 
 # %% ../../nbs/03_model/04_gate.ipynb #98ac2602
 from collections.abc import Mapping
@@ -287,6 +287,18 @@ class Decision(BaseModel):
                       "would show in four of five such hold-outs."]  # fmt: skip
         return "\n".join(lines)
 
+# %% ../../nbs/03_model/04_gate.ipynb #0e55a1df
+def overrule(decision: Decision, override: Override) -> Decision:
+    "The decision as a person wants it, with name and reason; what is a matter of integrity stays as it is."
+    if decision.promote or decision.outcome == "same":
+        return decision
+    barred = [c.name for c in decision.conditions if not c.passed and not c.overridable]
+    if barred:
+        reason = f"{decision.reason}; an override does not reach {', '.join(barred)}"
+        return decision.model_copy(update={"reason": reason})
+    reason = f"overridden by {override.by} ({override.reason}); the gate said: {decision.reason}"
+    return decision.model_copy(update={"promote": True, "override": override, "reason": reason})
+
 # %% ../../nbs/03_model/04_gate.ipynb #7cc70b5f
 def decide(
     conditions: list[Condition],  # from `floor_conditions`, and others
@@ -299,7 +311,6 @@ def decide(
 ) -> Decision:
     "Promote a challenger that meets every condition, if the policy lets its verdict do so, or a person does."
     failed = [c.name for c in conditions if not c.passed]
-    barred = [c.name for c in conditions if not c.passed and not c.overridable]
     if failed:
         outcome, promote, reason = "stopped", False, f"conditions not met: {', '.join(failed)}"
     elif same:
@@ -310,12 +321,8 @@ def decide(
     else:
         outcome = comparison.verdict
         promote, reason = effect(policy, comparison, smaller, newer)
-    used = override if override and not promote and not same else None
-    if used and barred:
-        used, reason = None, f"{reason}; an override does not reach {', '.join(barred)}"
-    elif used:
-        promote, reason = True, f"overridden by {used.by} ({used.reason}); the gate said: {reason}"
-    return Decision(
+    decision = Decision(
         promote=promote, reason=reason, conditions=conditions, comparison=comparison,
-        outcome=outcome, policy=policy.policy, override=used,
+        outcome=outcome, policy=policy.policy,
     )  # fmt: skip
+    return overrule(decision, override) if override else decision
