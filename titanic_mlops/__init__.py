@@ -12,9 +12,11 @@ MODULES = {
     **dict.fromkeys(("leaks",), "data"),
     **dict.fromkeys(("fairness", "robustness"), "model"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
+    **dict.fromkeys(("conditions", "selftest"), "model"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting"), "flow"),
     **dict.fromkeys(("cli", "contract_commands"), "face"),
+    **dict.fromkeys(("cli", "gate_commands"), "face"),
 }
 
 

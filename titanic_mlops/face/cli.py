@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .contract_commands import contract_app
+from .gate_commands import gate_app
 from ..ground.errors import SettingsError, explain
 from ..ground.settings import Settings, settings
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     help="The Titanic, end to end: a production-grade ML system written in notebooks.",
 )
 app.add_typer(contract_app, name="contract")
+app.add_typer(gate_app, name="gate")
 console = Console(highlight=False, soft_wrap=True)
 
 # %% ../../nbs/05_face/01_cli.ipynb #a3cba12f

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ground.errors import ParameterError, nearest
+from ..model.gate import Policy
 
 # %% ../../nbs/04_flow/01_configuration.ipynb #5e43bd41
 class _Section(BaseModel):
@@ -53,10 +54,8 @@ class CrossValidation(_Section):
     inner: Annotated[int, Field(ge=0, le=48, description="inner folds for each outer one; 0: none")]
 
 
-class Gate(_Section):
-    roc_auc_low: Annotated[float, Field(ge=0, le=1, description="floor for the interval of the ROC-AUC")]
-    log_loss_high: Annotated[float, Field(ge=0, description="ceiling for the interval of the log loss, nats")]
-    ece: Annotated[float, Field(ge=0, le=1, description="ceiling for the calibration error")]
+class Gate(Policy, _Section):
+    "The gate's policy, as the model plane has it."
 
 
 class RunConfig(_Section):

@@ -60,7 +60,7 @@ def open_graph(
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
