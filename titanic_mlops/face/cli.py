@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import registry_commands
 from ..ground.errors import SettingsError, explain
 from ..ground.settings import Settings, settings
 
@@ -135,6 +136,9 @@ def _show_summary(summary: "Summary", own: Settings) -> None:
         else "no champion"
     )
     console.print(f"\n[bold]{title}[/]   [dim]{summary.decision}[/]")
+    if champion and champion.get("override"):
+        console.print("[red]override[/]: ", end="")
+        console.print(champion["override"], markup=False)
     table = Table.grid(padding=(0, 2))
     for name, figure in summary.figures.items():
         table.add_row(
@@ -445,3 +449,13 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+# %% ../../nbs/05_face/01_cli.ipynb #cd1a5345
+for command in (
+    registry_commands.history,
+    registry_commands.rollback,
+    registry_commands.promote,
+    registry_commands.verify,
+):
+    app.command()(command)
+app.add_typer(registry_commands.bundle, name="bundle")
