@@ -118,6 +118,7 @@ def _require_kept(kept: Kept, registry: "Registry", scratch: Path) -> str:  # wh
     if not kept.run:
         return "made by hand, not on record in MLflow"
     run = registry.client.get_run(kept.run)
+    _demand(run.info.lifecycle_stage == "active", f"its run {kept.run[:8]} was deleted")
     anchor = digest(kept.folder / "manifest.json")
     _demand(
         run.data.tags.get(MANIFEST_TAG) == anchor,
@@ -240,7 +241,8 @@ def _require_bundles(promoted: Kept, version: "Version", registry: "Registry", s
 def _registered_by(version: "Version", bundle: "Bundle", registry: "Registry", scratch: Path) -> Kept:
     "What the run that registered a version has left."
     run = registry.client.get_run(version.run_id)
-    _demand(run.info.status == "FINISHED", f"run {version.run_id[:8]} is {run.info.status}")
+    state = run.info.status if run.info.lifecycle_stage == "active" else "deleted"
+    _demand(state == "FINISHED", f"run {version.run_id[:8]} is {state}")
     kept = Kept.of(_download(registry, version.run_id, scratch))
     said = json.loads((kept.folder / "outputs" / "bundle" / "manifest.json").read_bytes())
     _demand(said["digest"] == bundle.digest, f"run {version.run_id[:8]} has made another bundle")
