@@ -182,6 +182,7 @@ def keygen(
     "Make a key that signs bundles."
     from titanic_mlops.model.bundle import new_key
 
+    file = file.resolve()
     public = new_key(file)
     console.print(f"private key: {file} [dim](keep it out of the repository)[/]")
     console.print(f"to sign:     TITANIC_SIGNING_KEY={file}")
