@@ -9,10 +9,10 @@ MODULES = {
     **dict.fromkeys(("errors", "settings", "logs", "store"), "ground"),
     **dict.fromkeys(("contract", "sources", "quality", "features"), "data"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
-    **dict.fromkeys(("ledger", "lineage"), "model"),
+    **dict.fromkeys(("ledger", "lineage", "cards"), "model"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
-    **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify"), "flow"),
-    **dict.fromkeys(("cli", "registry_commands"), "face"),
+    **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
+    **dict.fromkeys(("cli", "registry_commands", "document_commands"), "face"),
 }
 
 

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import registry_commands
+from . import document_commands, registry_commands
 from ..ground.errors import SettingsError, explain
 from ..ground.settings import Settings, settings
 
@@ -459,3 +459,4 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(registry_commands.bundle, name="bundle")
+app.add_typer(document_commands.docs, name="docs")

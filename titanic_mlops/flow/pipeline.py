@@ -521,8 +521,9 @@ def _figures(summary: Summary) -> dict[str, float]:
 def _leave_latest(summary: Summary, store: Path) -> None:
     "Copies where a person finds them, and which run they are from."
     latest = Path(store) / "latest"
-    sidecar = summary.scored.with_suffix(".json")  # names the model and the digests of the scored files
-    for file in (summary.report, summary.scored, *([sidecar] if sidecar.exists() else [])):
+    beside = [summary.scored.with_suffix(".json")]  # names the model and the digests of the scored files
+    beside += sorted(summary.report.parent.glob("*_card.md"))
+    for file in (summary.report, summary.scored, *beside):
         write_atomic(latest / file.name, file.read_bytes())
     facts = {
         "run_id": summary.run_id,
