@@ -24,6 +24,7 @@ from ..ground.store import digest, folder_atomic, write_atomic
 from .bundle import SIGNATURE, Bundle
 from .bundle import sign as sign_bundle
 from .ledger import standing as stands_on
+from .lineage import gate_digest
 from titanic_mlops.model.ledger import (
     ENTRY_TAG,
     HEAD_TAG,
@@ -460,6 +461,13 @@ def promote(
             rule="a model that was withdrawn comes back by an override only",
             do=f'titanic promote {version.number} --override --reason "..."',
         )
+    barred = version.tags.get("gate_barred", "none")
+    if override and barred != "none":
+        raise RegistryError(
+            f"version {version.number} does not meet {barred}",
+            rule="an override reaches the gate's judgement, never a condition of integrity",
+            do="train another",
+        )
     facts = {"verdict": verdict, "gate_version": gate_version, "reason": reason, "override": override}
     return self._move(last, version, action="promote", by=by or account(), **facts)
 
@@ -500,9 +508,9 @@ def hold(
     decision: "Decision",
     version: Version,
 ) -> "Decision":  # the same, or not to promote
-    "Withhold a promotion that would undo a rollback."
+    "Withhold a promotion that would undo a rollback, unless a person answers for it."
     gone = withdrawn(self.entries()).get(version.digest)
-    if not (decision.promote and gone):
+    if not (decision.promote and gone) or getattr(decision, "override", None):
         return decision
     reason = (
         f"{decision.reason}; but version {version.number} was rolled back on {gone.time[:10]} by {gone.by} "
@@ -511,28 +519,58 @@ def hold(
     return decision.model_copy(update={"promote": False, "reason": reason})
 
 
+def _verdict(decision: "Decision") -> str:
+    "The gate's word for a decision."
+    if outcome := getattr(decision, "outcome", ""):
+        return outcome
+    if decision.comparison:
+        return decision.comparison.verdict
+    return "first" if decision.promote else "same"
+
+
+def _gate(decision: "Decision") -> str:
+    "Which gate has decided: the version of its policy, and the digest of its code."
+    return f"{getattr(decision, 'policy', '')} {gate_digest()}".strip()
+
+# %% ../../nbs/03_model/05_registry.ipynb #09c11144
 @patch
 def judged(
     self: Registry,
     version: Version,
     against: Version | None,  # the champion that it was compared with
     decision: "Decision",
-    verdict: str,
-    gate_version: str = "",
 ) -> None:
     "Keep the gate's decision with the version."
+    barred = [c.name for c in decision.conditions if not (c.passed or getattr(c, "overridable", True))]
     told = {
         "gate": "promote" if decision.promote else "keep",
-        "gate_verdict": verdict,
+        "gate_verdict": _verdict(decision),
         "gate_reason": decision.reason[:4000],
         "gate_against": against.digest if against else "none",
-        "gate_version": gate_version,
+        "gate_version": _gate(decision),
+        "gate_barred": ", ".join(barred) or "none",  # conditions not met that no override reaches
     }
     for name, value in told.items():
-        if value:
-            self.client.set_model_version_tag(self.model, str(version.number), name, value)
+        self.client.set_model_version_tag(self.model, str(version.number), name, value)
 
 
+@patch
+def follow(
+    self: Registry,
+    decision: "Decision",
+    version: Version,
+    against: Version | None,  # the champion that it was compared with
+) -> "Decision":  # the same, or withheld
+    "Keep the gate's decision with the version, and promote it if that is the decision."
+    decision = self.hold(decision, version)
+    self.judged(version, against, decision)
+    if decision.promote:
+        who = getattr(decision, "override", None)
+        facts = {"by": who.by, "reason": who.reason, "override": True} if who else {"reason": decision.reason}
+        self.promote(version, against, _verdict(decision), gate_version=_gate(decision), **facts)
+    return decision
+
+# %% ../../nbs/03_model/05_registry.ipynb #76013dfe
 @patch
 def require_gate(self: Registry, version: Version, champion: Version | None) -> None:
     "Raise `RegistryError` unless the gate has decided to promote a version, against the present champion."
