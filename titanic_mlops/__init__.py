@@ -7,16 +7,14 @@ __version__ = "0.1.0"
 
 MODULES = {
     **dict.fromkeys(("errors", "settings", "logs", "store"), "ground"),
-    **dict.fromkeys(("contract", "sources", "quality", "features"), "data"),
-    **dict.fromkeys(("targets", "rowcheck", "strategies", "contract_versions"), "data"),
-    **dict.fromkeys(("leaks",), "data"),
-    **dict.fromkeys(("fairness", "robustness"), "model"),
+    **dict.fromkeys(("contract", "sources", "quality", "features", "targets", "rowcheck", "leaks"), "data"),
+    **dict.fromkeys(("strategies", "contract_versions"), "data"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
-    **dict.fromkeys(("conditions", "selftest"), "model"),
+    **dict.fromkeys(("fairness", "robustness", "conditions", "selftest", "ledger", "lineage", "cards"), "model"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
-    **dict.fromkeys(("records", "pipeline", "services", "reporting"), "flow"),
-    **dict.fromkeys(("cli", "contract_commands"), "face"),
-    **dict.fromkeys(("cli", "gate_commands"), "face"),
+    **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
+    **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
+    **dict.fromkeys(("registry_commands", "document_commands"), "face"),
 }
 
 

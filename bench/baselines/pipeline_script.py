@@ -140,7 +140,7 @@ def main(folder: Path, overrides: list[str]) -> None:
     decision = decide(floor_conditions(evaluation.holdout, evaluation.baselines, floors), None)
     registry = Registry(own, client)
     version = registry.register(bundle, log("promote", {}, {"promoted": decision.promote}, out / "bundle"))
-    registry.point(CHAMPION, version)
+    registry.promote(version, registry.alias(CHAMPION), "first", decision.reason)
 
     # score and report
     p = bundle.predict(verdict.accepted)

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import document_commands, registry_commands
 from .contract_commands import contract_app
 from .gate_commands import gate_app
 from ..ground.errors import SettingsError, explain
@@ -139,6 +140,9 @@ def _show_summary(summary: "Summary", own: Settings) -> None:
         else "no champion"
     )
     console.print(f"\n[bold]{title}[/]   [dim]{summary.decision}[/]")
+    if champion and champion.get("override"):
+        console.print("[red]override[/]: ", end="")
+        console.print(champion["override"], markup=False)
     table = Table.grid(padding=(0, 2))
     for name, figure in summary.figures.items():
         table.add_row(
@@ -449,3 +453,14 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+# %% ../../nbs/05_face/01_cli.ipynb #cd1a5345
+for command in (
+    registry_commands.history,
+    registry_commands.rollback,
+    registry_commands.promote,
+    registry_commands.verify,
+):
+    app.command()(command)
+app.add_typer(registry_commands.bundle, name="bundle")
+app.add_typer(document_commands.docs, name="docs")

@@ -308,7 +308,11 @@ def extra_inputs(
     if job.step == "ingest":
         return {"source": source_stamp(job.parameters["source"])}
     if job.step == "promote":
-        return {"registry": digest(f"{settings.tracking_uri} {settings.mlflow_model}".encode())}
+        registry = f"{settings.tracking_uri} {settings.mlflow_model}"
+        keys = (
+            f" {settings.signing_key} {settings.trusted_keys}".rstrip()
+        )  # a bundle that is not signed is no result
+        return {"registry": digest(f"{registry}{keys}".encode())}
     return {}
 
 # %% ../../nbs/04_flow/04_cache.ipynb #cfdd43f9

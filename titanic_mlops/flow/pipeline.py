@@ -28,6 +28,7 @@ from titanic_mlops.flow.cache import (
     extra_inputs,
     foresee,
     key_of,
+    library_versions,
     recall,
     why_unknown,
 )
@@ -49,6 +50,7 @@ from ..ground.errors import ParameterError, StoreError, explain, nearest
 from ..ground.logs import open_log
 from ..ground.settings import Settings
 from ..ground.store import write_atomic
+from ..model.lineage import code_digest, environment_digest, installed_code
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #1fd8752b
 HEARTBEAT = 10.0  # seconds of silence after which a job is said to be alive
@@ -97,7 +99,7 @@ def still_true(
     if result.job.step != "promote":
         return True
     said = json.loads((result.outputs / "registered.json").read_text())["champion"]
-    return books.champion() == (said["digest"] if said else "")
+    return books.champion() == (f"{said.get('entry', 0)} {said['digest']}" if said else "")
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #1e4db8a8
 @dataclass
@@ -177,6 +179,10 @@ def _carry_out(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result], why:
     "Execute one job, and put it on record."
     child = run.tracker.start(job)
     context = {"mlflow_run": child, "pipeline_run": run.tracker.run_id, "git_commit": git_commit()}
+    context |= {
+        "code_sha256": code_digest(installed_code()),
+        "environment_sha256": environment_digest(library_versions()),
+    }
     run.tell(Event("started", job.name, text=why))
     started = time.monotonic()
     try:
@@ -496,7 +502,9 @@ def _figures(summary: Summary) -> dict[str, float]:
 def _leave_latest(summary: Summary, store: Path) -> None:
     "Copies where a person finds them, and which run they are from."
     latest = Path(store) / "latest"
-    for file in (summary.report, summary.scored):
+    beside = [summary.scored.with_suffix(".json")]  # names the model and the digests of the scored files
+    beside += sorted(summary.report.parent.glob("*_card.md"))
+    for file in (summary.report, summary.scored, *beside):
         write_atomic(latest / file.name, file.read_bytes())
     facts = {
         "run_id": summary.run_id,

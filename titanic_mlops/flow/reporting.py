@@ -88,6 +88,7 @@ def collect(
             snapshot=lineage["snapshot"],
             data_sha256=lineage["data_sha256"],
             seed=lineage["seed"],
+            override=champion.get("override", ""),
         ),
         scored=_scored(folders["score"]),
         steps=lines,

@@ -52,8 +52,8 @@ class _IniSource(PydanticBaseSettingsSource):
                 raise SettingsError(
                     f"unknown setting {name!r}", where=f"{file}, [{SECTION}]", do=nearest(name, known)
                 )
-        for name in ("store",):
-            if name in values and not Path(values[name]).is_absolute():
+        for name in ("store", "signing_key"):
+            if values.get(name) and not Path(values[name]).is_absolute():
                 values[name] = str(file.parent / values[name])
         return values
 
@@ -71,6 +71,14 @@ class Settings(BaseSettings):
     mlflow_experiment: Annotated[str, Field(description="MLflow experiment of the pipeline")] = "titanic"
     mlflow_model: Annotated[str, Field(description="name of the registered model")] = "titanic"
     prefect_url: Annotated[str, Field(description="Prefect API; empty: a local server")] = ""
+    signing_key: Annotated[str, Field(description="file of the key that signs bundles; empty: unsigned")] = ""
+    trusted_keys: Annotated[
+        str,
+        Field(
+            pattern="^([0-9a-f]{64}( *, *[0-9a-f]{64})*)?$",
+            description="public keys, comma between, one of which must have signed a bundle; empty: none need",
+        ),
+    ] = ""
     openml_url: Annotated[str, Field(description="address of the OpenML API")] = "https://www.openml.org"
     workers: Annotated[int, Field(ge=1, le=64, description="steps that run side by side")] = 2
     cell_timeout: Annotated[int, Field(ge=0, description="seconds that a cell may run; 0: no limit")] = 3600
@@ -89,6 +97,11 @@ class Settings(BaseSettings):
     def tracking_uri(self) -> str:
         "MLflow's tracking address, with the embedded default filled in."
         return self.mlflow_uri or f"sqlite:///{self.store / 'mlflow.db'}"
+
+    @property
+    def trusted(self) -> list[str]:
+        "The trusted public keys, hexadecimal."
+        return [key.strip() for key in self.trusted_keys.split(",") if key.strip()]
 
     @property
     def artifacts_url(self) -> str:

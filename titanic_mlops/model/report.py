@@ -52,6 +52,7 @@ class Champion(BaseModel, frozen=True):
     snapshot: str
     data_sha256: str
     seed: int
+    override: str = ""  # who promoted it against or without the gate, and why; empty: nobody
 
 
 class Scored(BaseModel, frozen=True):

@@ -1,0 +1,426 @@
+"""The promotion ledger under races, kills and meddling; and `titanic verify`, with every link of the chain broken once."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from checkout import BIN, QUICK, ROOT, Checkout, checkout
+from test_sources import free_port, process
+
+from titanic_mlops.ground.errors import BundleError, RegistryError
+from titanic_mlops.ground.settings import Settings, settings
+from titanic_mlops.model.ledger import UNSETTLED, Ledger
+
+FACTS = {
+    "by": "smith",
+    "action": "promote",
+    "from_version": None,
+    "from_digest": "",
+    "to_version": 1,
+    "to_digest": "a" * 64,
+    "verdict": "first",
+    "gate_version": "",
+    "reason": "first model",
+}
+
+
+# --- two at the same moment
+
+RACE = """
+import json, sys
+from titanic_mlops.ground.errors import RegistryError
+from titanic_mlops.model.ledger import Ledger
+root, facts, name = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+ledger = Ledger(root, "titanic-race")
+[first] = ledger.entries()
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    print(ledger.append(first, **facts | {"by": name}).by)
+except RegistryError as error:
+    print(error.what)
+"""
+
+
+def race(root: str) -> list[str]:
+    "What four processes say that have all seen the first entry, and all want to write the second."
+    Ledger(root, "titanic-race").append(None, **FACTS)
+    command = [sys.executable, "-c", RACE, root, json.dumps(FACTS)]
+    racers = [
+        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in "abcd"
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    return [racer.communicate(timeout=60)[0].strip() for racer in racers]
+
+
+def require_one_winner(root: str, said: list[str]) -> None:
+    entries = Ledger(root, "titanic-race").entries()
+    assert [entry.by for entry in entries] == ["smith", *(name for name in said if name in "abcd")]
+    assert len(entries) == 2
+    assert said.count("somebody else moved the champion at the same moment") == 3
+
+
+def test_of_two_promotions_at_the_same_moment_one_wins_on_a_disk(tmp_path: Path):
+    require_one_winner(str(tmp_path), race(str(tmp_path)))
+
+
+@pytest.mark.long
+def test_of_two_promotions_at_the_same_moment_one_wins_in_a_bucket(monkeypatch: pytest.MonkeyPatch):
+    import s3fs
+
+    port = free_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with process([str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(port)], port) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("ship")
+        require_one_winner("s3://ship/artifacts", race("s3://ship/artifacts"))
+        s3fs.S3FileSystem().pipe("ship/artifacts/ledger/titanic-race/00000001.json", b"{}")
+        with pytest.raises(RegistryError, match="entry 1 of the ledger was changed"):
+            Ledger("s3://ship/artifacts", "titanic-race").entries()
+
+
+# --- one quick run, after a model that it betters
+
+
+def weak_bundle(folder: Path, C: float = 100.0):
+    "A real model, fitted on too few passengers."
+    from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
+    from titanic_mlops.data.sources import EMBEDDED, canonical, read
+    from titanic_mlops.model.bundle import (
+        Bundle,
+        BundleInfo,
+        Lineage,
+        reference_distributions,
+        to_onnx,
+        write_bundle,
+    )
+    from titanic_mlops.model.train import Candidate, fit, holdout_mask
+
+    passengers = canonical(read(EMBEDDED).frame)
+    few = passengers[~holdout_mask(passengers.ticket)].sample(80, random_state=0)
+    X, y, ticket = feature_frame(few), few.survived.to_numpy(int), few.ticket.to_numpy(str)
+    info = BundleInfo(
+        candidate="weak",
+        hyperparameters={"C": C},
+        calibration="none",
+        inputs=[*NUMERIC, *CATEGORICAL],
+        split={"share": 0.2, "salt": "titanic-holdout-1"},
+        figures={},
+        reference=reference_distributions(X),
+    )
+    lineage = Lineage(git_commit="", snapshot="few", data_sha256="0" * 64, seed=0)
+    write_bundle(folder, to_onnx(fit(Candidate("logistic", {"C": C}), X, y, ticket)), info, lineage)
+    return Bundle(folder, [])
+
+
+def registered(own: Settings, folder: Path, C: float = 100.0):
+    "A registry, and a version in it that is no run's."
+    from titanic_mlops.model.registry import Registry
+
+    registry = Registry(own)
+    experiment = registry.client.get_experiment_by_name(own.mlflow_experiment).experiment_id
+    run = registry.client.create_run(experiment)
+    return registry, registry.register(weak_bundle(folder, C), run.info.run_id)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, Settings]:
+    "Version 1 serves by an override; a quick run makes version 2, which is better."
+    own = checkout(tmp_path_factory.mktemp("story"))
+    ours = settings(store=own.store)
+    registry, weak = registered(ours, own.folder / "weak")
+    registry.promote(weak, None, "", "we had nothing else", by="ismay", override=True)
+    done = own.titanic("run", "model=logistic", *QUICK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "better than the champion" in done.stdout, done.stdout
+    return own, ours
+
+
+def broken(ours: Settings, file: Path | None = None) -> list[str]:
+    from titanic_mlops.flow.verify import verify
+
+    return verify(ours, file).broken
+
+
+@contextmanager
+def changed(path: Path, change: Callable[[bytes], bytes] | None = None) -> Iterator[None]:
+    "A file with one bit flipped in its middle, or changed otherwise; put back at the end."
+    good, mode = path.read_bytes(), path.stat().st_mode
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    path.write_bytes(change(good) if change else bytes(flipped))
+    assert path.read_bytes() != good
+    try:
+        yield
+    finally:
+        path.write_bytes(good)
+        path.chmod(mode)
+
+
+def one(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    assert len(found) == 1, (pattern, found)
+    return found[0]
+
+
+@pytest.mark.long
+def test_the_whole_chain_is_whole(story):
+    from titanic_mlops.flow.verify import verify
+
+    own, ours = story
+    for name in ("scored.csv", "scored.parquet"):
+        chain = verify(ours, own.outputs("score") / name)
+        assert not chain.broken, [link for link in chain.links if not link.whole]
+        names = [link.name for link in chain.links]
+        steps = ["score", "promote", "evaluate", "train.logistic", "validate", "ingest"]
+        wanted = {
+            *(f"step {step}" for step in steps),
+            "scored file",
+            "rows",
+            "model version",
+            "bundle",
+            "run",
+        }
+        assert wanted | {"code", "libraries", "data", "ledger"} == set(names)
+    elsewhere = shutil.copy(own.store / "latest" / "scored.csv", own.folder / "mine.csv")
+    assert not broken(ours, Path(elsewhere))
+
+
+BROKEN = {  # what is changed, below the store -> the link that must be named
+    "latest/scored.csv": "scored file",
+    "latest/scored.json": "rows",
+    "steps/score/*/outputs/scored.parquet": "step score",
+    "steps/score/*/manifest.json": "step score",
+    "steps/score/*/notebook.ipynb": "step score",
+    "steps/promote/*/outputs/decision.json": "step promote",
+    "steps/promote/*/outputs/champion/model.onnx": "bundle",
+    "steps/evaluate/*/notebook.ipynb": "step evaluate",
+    "steps/evaluate/*/outputs/evaluation.json": "step evaluate",
+    "steps/train.logistic/*/outputs/model.skops": "step train.logistic",
+    "steps/validate/*/outputs/rows.parquet": "step validate",
+    "steps/ingest/*/outputs/snapshot.json": "step ingest",
+    "bundles/{digest}/bundle.json": "bundle",
+    "mlartifacts/{run}/artifacts/model/*/data/bundle/model.onnx": "bundle",
+    "mlartifacts/{run}/artifacts/model/*/data/bundle/lineage.json": "bundle",
+    "mlartifacts/{run}/artifacts/notebook.ipynb": "step promote",
+    "mlartifacts/{run}/artifacts/manifest.json": "step promote",
+    "artifacts/*/*.parquet": "data",
+    "artifacts/ledger/*/00000001.json": "ledger",
+    "artifacts/ledger/*/00000002.json": "ledger",
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_changed_byte_is_found_and_its_link_named(story, what: str):
+    own, ours = story
+    from titanic_mlops.model.registry import Registry
+
+    champion = Registry(ours).alias("champion")
+    pattern = what.format(digest=champion.digest, run=champion.run_id)
+    with changed(one(own.store, pattern)):
+        assert BROKEN[what] in broken(ours)
+    if "manifest" not in what:
+        return
+    with changed(one(own.store, pattern), lambda good: good.replace(b'"seconds": ', b'"seconds": 1')):
+        assert BROKEN[what] in broken(ours)  # JSON as good as before
+
+
+@pytest.mark.long
+def test_what_is_changed_in_the_registry_is_found(story):
+    _, ours = story
+    from titanic_mlops.model.registry import Registry
+
+    registry = Registry(ours)
+    client, champion = registry.client, registry.alias("champion")
+    number = str(champion.number)
+    client.set_model_version_tag("titanic", number, "bundle_digest", "0" * 64)
+    assert "model version" in broken(ours)
+    client.set_model_version_tag("titanic", number, "bundle_digest", champion.digest)
+
+    manifest = client.get_run(champion.run_id).data.tags["titanic.manifest"]
+    client.set_tag(champion.run_id, "titanic.manifest", "0" * 64)
+    assert "step promote" in broken(ours)
+    client.set_tag(champion.run_id, "titanic.manifest", manifest)
+
+    client.delete_run(champion.run_id)
+    assert {"run", "step promote"} & set(broken(ours))
+    client.restore_run(champion.run_id)
+
+    client.set_registered_model_alias("titanic", "champion", "1")
+    assert broken(ours) == ["ledger"]
+    assert "past the ledger" in registry.settle()
+    assert not broken(ours)
+
+
+@pytest.mark.long
+def test_a_ledger_that_was_cut_short_is_found(story):
+    own, ours = story
+    last = one(own.store, "artifacts/ledger/*/00000002.json")
+    good = last.read_bytes()
+    last.unlink()
+    assert broken(ours) == ["ledger"]
+    last.write_bytes(good)
+    assert not broken(ours)
+
+
+@pytest.mark.long
+def test_a_row_that_names_another_model_is_found(story):
+    own, ours = story
+    with changed(own.store / "latest" / "scored.csv", lambda good: good.replace(b",2,", b",1,", 1)):
+        assert {"scored file", "rows"} <= set(broken(ours))
+
+
+@pytest.mark.long
+def test_changed_code_is_found_by_the_command(story, tmp_path: Path):
+    own, _ = story
+    copy = tmp_path / "titanic_mlops"  # installed, and without the commits
+    shutil.copytree(ROOT / "titanic_mlops", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "nbs" / "pipeline", tmp_path / "nbs" / "pipeline")
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    with open(copy / "model" / "gate.py", "a") as gate:
+        gate.write("\n# always better\n")
+    code = "import sys; from titanic_mlops.face.cli import main; main(['verify'])"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=own.folder,
+        env=own.environment(PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1, said.stdout + said.stderr
+    assert said.stdout.splitlines()[-1] == "broken: code"
+    assert "neither the installed package nor commit" in said.stdout
+
+
+# --- back, and what stays
+
+
+@pytest.mark.long
+def test_two_who_have_both_seen_the_champion(story, tmp_path: Path):
+    _, ours = story
+    from titanic_mlops.model.registry import Registry
+
+    registries = [registered(ours, tmp_path / str(C), C)[0] for C in (50.0, 60.0)]
+    champion, start = registries[0].alias("champion"), Barrier(2)
+    versions = [v for v in registries[0].versions() if v.number > champion.number]
+    assert len(versions) == 2
+
+    def promote(i: int) -> str:
+        start.wait()
+        try:
+            registries[i].promote(versions[i], champion, "better", "at the same moment", by=f"racer {i}")
+            return "won"
+        except RegistryError as error:
+            return error.what
+
+    with ThreadPoolExecutor(2) as pool:
+        said = sorted(pool.map(promote, range(2)))
+    assert said[1] == "won" and ("same moment" in said[0] or "compared with" in said[0]), said
+    registry = Registry(ours)
+    assert len(registry.entries()) == 3 and registry.standing() != UNSETTLED
+    registry.rollback(reason="it was a race", by="smith")
+    assert registry.alias("champion").number == champion.number
+
+
+@pytest.mark.long
+def test_a_rollback_lasts(story):
+    own, ours = story
+    from titanic_mlops.model.registry import Registry
+
+    back = own.titanic("rollback", "--reason", "too sure of third class", "--by", "murdoch")
+    assert back.returncode == 0 and "version 1 is champion again" in back.stdout, back.stdout + back.stderr
+
+    run = own.titanic("run", "model=logistic", *QUICK)  # the same data, the same bytes, the same verdict
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "version 2 was rolled back" in run.stdout and "murdoch (too sure of third class)" in run.stdout
+    assert "champion: titanic version 1" in run.stdout
+    for page in (run.stdout, (own.store / "latest" / "report.html").read_text()):
+        assert "promoted by ismay against or without the gate: we had nothing else" in page
+
+    again = own.titanic("run", "model=logistic", *QUICK)
+    assert "7 of 7 steps recalled" in again.stdout, again.stdout
+    registry = Registry(ours)
+    with pytest.raises(RegistryError, match="version 2 was rolled back"):
+        registry.require_gate(registry.version(2), registry.alias("champion"))
+
+
+KILLED = """
+import os, signal
+from titanic_mlops.ground.settings import settings
+from titanic_mlops.model.registry import Registry
+registry = Registry(settings())
+Registry._carry_out = lambda self, entry: os.kill(os.getpid(), signal.SIGKILL)
+two = registry.version(2)
+registry.promote(two, registry.alias("champion"), "", "third class agrees", by="lowe", override=True)
+"""
+
+
+@pytest.mark.long
+def test_a_command_that_was_killed_is_mended_by_the_next(story):
+    own, ours = story
+    from titanic_mlops.model.registry import Registry
+
+    before = len(Registry(ours).entries())
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=own.environment(), cwd=own.folder)
+    assert killed.returncode == -signal.SIGKILL
+    registry = Registry(ours)
+    assert len(registry.entries()) == before + 1
+    assert registry.standing() == UNSETTLED and registry.alias("champion").number == 1
+
+    said = own.titanic("history")
+    assert said.returncode == 0, said.stderr
+    assert "mended: a command was cut off" in said.stdout and "version 2 is champion now" in said.stdout
+    assert "OVERRIDE" in said.stdout and "lowe" in said.stdout
+    assert registry.alias("champion").number == 2 and registry.standing() != UNSETTLED
+
+
+# --- signatures
+
+
+def test_only_what_a_trusted_key_has_signed_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from titanic_mlops.model.bundle import Bundle, new_key, sign
+
+    weak_bundle(tmp_path / "weak")
+    ours, theirs = new_key(tmp_path / "ours.pem"), new_key(tmp_path / "theirs.pem")
+    assert (tmp_path / "ours.pem").stat().st_mode & 0o077 == 0
+    with pytest.raises(BundleError, match="never overwritten"):
+        new_key(tmp_path / "ours.pem")
+    Bundle(tmp_path / "weak")  # no keys are configured
+    monkeypatch.setenv("TITANIC_TRUSTED_KEYS", ours)
+    with pytest.raises(BundleError, match="is not signed"):
+        Bundle(tmp_path / "weak")
+    sign(tmp_path / "weak", tmp_path / "theirs.pem")
+    with pytest.raises(BundleError, match="not trusted"):
+        Bundle(tmp_path / "weak")
+    signature = json.loads((tmp_path / "weak" / "manifest.sig").read_text())
+    forged = json.dumps(signature | {"key": ours})
+    (tmp_path / "weak" / "manifest.sig").write_text(forged)
+    with pytest.raises(BundleError, match="does not fit"):
+        Bundle(tmp_path / "weak")
+    sign(tmp_path / "weak", tmp_path / "ours.pem")
+    assert Bundle(tmp_path / "weak").signed_by == ours
+    monkeypatch.setenv("TITANIC_TRUSTED_KEYS", f"{theirs}, {ours}")
+    assert Bundle(tmp_path / "weak").signed_by == ours
+    for name in ("model.onnx", "bundle.json", "lineage.json", "manifest.json"):
+        with changed(tmp_path / "weak" / name), pytest.raises(BundleError):
+            Bundle(tmp_path / "weak")
