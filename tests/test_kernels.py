@@ -401,7 +401,9 @@ def test_eight_notebooks_at_once_over_and_over_leave_nothing_behind(tmp_path):
         nbformat.v4.new_code_cell("number = 0", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell("import numpy\nint(numpy.square(number))"),
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "one.ipynb")
+    kernel = {"name": "warm-small", "display_name": "warm", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, tmp_path / "one.ipynb")
     execute(0)
     [parent] = [info for info in kernels.parents() if info.preloads == tuple(SMALL)]
     count = int(os.environ.get("ENGINE_EXECUTIONS", "32"))
