@@ -7,7 +7,6 @@ __all__ = ['QUARANTINE_COLUMNS', 'check_rows', 'TableResult', 'check_table', 'Ve
 
 # %% ../../nbs/02_data/03_quality.ipynb #fdbf62a5
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +143,7 @@ class Verdict:
 from fastcore.basics import patch
 
 
-def _place(line: Mapping[str, Any]) -> str:
+def _place(line: "pd.Series") -> str:
     return f"{line['source']}, line {line['line']}, column {line['column']}, value {line['value']!r}"
 
 

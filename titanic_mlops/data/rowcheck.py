@@ -322,7 +322,9 @@ class _Keys:
     "The keys of all batches, to find the rows that repeat an earlier one."
 
     def __init__(self, rule: Unique):
-        self.rule, self.prints, self.cells = rule, [], []
+        self.rule = rule
+        self.prints: list[np.ndarray] = []
+        self.cells: list[list[pa.Array]] = []
 
     def add(self, batch: "pa.RecordBatch") -> None:
         import numpy as np

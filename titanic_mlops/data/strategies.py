@@ -45,7 +45,7 @@ def _ends(column: Column) -> tuple[Any, Any]:
     return low, LARGEST_INTEGER if column.high is None else column.high
 
 # %% ../../nbs/02_data/08_strategies.ipynb #96a9274b
-_STRANGE = ([], {}, [3], {"value": 3}, ["male"])
+_STRANGE: tuple[Any, ...] = ([], {}, [3], {"value": 3}, ["male"])
 _NUMBERS_OF_A_KIND = (
     math.nan,
     math.inf,
@@ -93,9 +93,11 @@ def _bad_texts(column: Column) -> list["SearchStrategy"]:
         near += [c + " " for c in column.choices] + [c + "\0" for c in column.choices]
         others = st.sampled_from(near) | st.text(max_size=8)
         return [others.filter(lambda text: text not in column.choices), around]
+    short = st.text(max_size=column.min_length - 1) if column.min_length else st.nothing()
+    if column.max_length is None:
+        return [around, short] if column.plain_text else [short]
     most, sizes = column.max_length, [column.max_length + 1, 5 * column.max_length]
     long = st.builds(lambda one, size: one * size, st.characters(codec="utf-8"), st.sampled_from(sizes))
-    short = st.text(max_size=column.min_length - 1) if column.min_length else st.nothing()
     return [around, long.filter(lambda text: len(text) > most), short]
 
 # %% ../../nbs/02_data/08_strategies.ipynb #c66c0cf3

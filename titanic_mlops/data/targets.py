@@ -130,7 +130,7 @@ def reason(
     if column.kind == "str":
         return _reason_of_text(column, value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"a {type(value).__name__}, not a number"
+        return f"of type {type(value).__name__}, not a number"
     if value != value or value in (float("inf"), float("-inf")):
         return "not a finite number"
     if column.kind == "int" and value != int(value):
@@ -144,7 +144,7 @@ def reason(
 
 def _reason_of_text(column: Column, value: Any) -> str:
     if not isinstance(value, str):
-        return f"a {type(value).__name__}, not text"
+        return f"of type {type(value).__name__}, not text"
     if any("\ud800" <= c <= "\udfff" for c in value):
         return "not Unicode: holds a lone surrogate"
     if column.choices:
