@@ -85,8 +85,8 @@ def test_a_card_in_which_somebody_typed_a_figure_is_found(tmp_path: Path):
     people = {"ticket": ["a", "a", "b"], "survived": [1, 0, 1], "age": [1.0, None, 2.0]}
     pd.DataFrame(people).to_parquet(folders["validate"] / "accepted.parquet")
     (folders["evaluate"] / "evaluation.json").write_text(
-        json.dumps({"holdout": {"accuracy": {"value": 0.78421}}})
+        json.dumps({"holdout": {"accuracy": {"value": 0.78421, "low": 0.7301, "high": 0.8358}}})
     )
     card = tmp_path / "model_card.md"
-    card.write_text("Accuracy 0.784, with 95 % intervals.\nAccuracy 0.999.\n")
+    card.write_text("Accuracy 0.784, with 95 % intervals: 0.784 [0.730, 0.836].\nAccuracy 0.999.\n")
     assert check_card(card, folders) == ["model_card.md, line 2: 0.999 (no value of the run)"]

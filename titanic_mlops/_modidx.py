@@ -594,6 +594,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'titanic_mlops/flow/figures.py'),
                                             'titanic_mlops.flow.figures._flat': ( '04_flow/figures.html#_flat',
                                                                                   'titanic_mlops/flow/figures.py'),
+                                            'titanic_mlops.flow.figures._is_estimate': ( '04_flow/figures.html#_is_estimate',
+                                                                                         'titanic_mlops/flow/figures.py'),
                                             'titanic_mlops.flow.figures._wrong': ( '04_flow/figures.html#_wrong',
                                                                                    'titanic_mlops/flow/figures.py'),
                                             'titanic_mlops.flow.figures.check': ( '04_flow/figures.html#check',

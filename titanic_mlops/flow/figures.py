@@ -152,14 +152,20 @@ GIVEN = "given: "  # begins a citation of what is no result of a run
 _ENDS = ("value", "low", "high")
 
 
+def _is_estimate(figure: Figure, values: Mapping[str, float]) -> bool:
+    "Has the run found an estimate with this value and this interval?"
+    parts = _ESTIMATE.fullmatch(figure.text)
+    said = [Figure(figure.line, part) for part in parts.groups()] if parts else []
+    names = [name.removesuffix(".value") for name in values if name.endswith(".value")]
+    fits = lambda name: all(f.says(values.get(f"{name}.{e}", -1.0)) for f, e in zip(said, _ENDS, strict=True))
+    return bool(said) and any(map(fits, names))
+
+
 def _wrong(place: Place, cited: Mapping[str, str], values: Mapping[str, float]) -> str:  # empty: nothing
     "What is wrong with a figure."
     figure, name = place.figure, cited.get(place.figure.text, "")
-    if parts := _ESTIMATE.fullmatch(figure.text):
-        said = [Figure(figure.line, part) for part in parts.groups()]
-        ends = [name.removesuffix(".value") for name in values if name.endswith(".value")]
-        fits = [e for e in ends if all(f.says(values[f"{e}.{k}"]) for f, k in zip(said, _ENDS, strict=True))]
-        return "" if fits else "no estimate of the run has this value and interval"
+    if _ESTIMATE.fullmatch(figure.text):
+        return "" if _is_estimate(figure, values) else "no estimate of the run has this value and interval"
     if name.startswith(GIVEN) and name.removeprefix(GIVEN).strip():
         return ""
     if name in values:
@@ -248,11 +254,10 @@ def check_card(
             values |= dict(_flat(said, f"{job}.{file.name}"))
             texts.append(json.dumps(said, ensure_ascii=False))
     numbers |= {figure for text in texts for figure in re.findall(r"\d+(?:\.\d+)?", text)}
-    wrong = [
-        f
-        for f in figures_in(card.read_text())
-        if f.text not in numbers and not any(f.says(value) for value in values.values())
-    ]
+    known = lambda f: (
+        _is_estimate(f, values) if "[" in f.text else any(f.says(value) for value in values.values())
+    )
+    wrong = [f for f in figures_in(card.read_text()) if f.text not in numbers and not known(f)]
     return [f"{card.name}, line {f.line}: {f.text} (no value of the run)" for f in wrong]
 
 

@@ -139,6 +139,7 @@ def _create(self: Ledger, number: int, content: bytes) -> None:
         try:
             self._fs.pipe_file(path, content, mode="create")
         except FileExistsError:
+            self._fs.invalidate_cache()
             if self._fs.cat_file(path) != content:  # else a request was repeated, and finds what it wrote
                 raise
         return
