@@ -31,10 +31,10 @@ def main(folder: Path, overrides: list[str]) -> None:
     from titanic_mlops.data.quality import data_docs, judge
     from titanic_mlops.data.sources import canonical, read, snapshot
     from titanic_mlops.ground.store import Artifacts
-    from titanic_mlops.model import plots
+    from titanic_mlops.model import conditions, plots
     from titanic_mlops.model.bundle import Bundle, Lineage, describe, require_parity, to_onnx, write_bundle
     from titanic_mlops.model.evaluate import choose, estimate, evaluate, nested, surprises
-    from titanic_mlops.model.gate import Floors, decide, floor_conditions
+    from titanic_mlops.model.gate import Policy
     from titanic_mlops.model.report import Champion, Quality, Report, Scored, TableRule, render_report
     from titanic_mlops.model.robustness import examine
     from titanic_mlops.model.train import (
@@ -74,6 +74,7 @@ def main(folder: Path, overrides: list[str]) -> None:
         config.source
     )
     verdict.quarantined.to_csv(out / "quarantine.csv", index=False)
+    verdict.warned.to_csv(out / "warnings.csv", index=False)
     outcome = verdict.accepted["survived"].to_numpy(int)
     refuse_revealing(verdict.accepted, outcome, verdict.accepted["ticket"].to_numpy(str))
     data_docs(verdict.accepted, out / "data_docs")
@@ -136,8 +137,20 @@ def main(folder: Path, overrides: list[str]) -> None:
     write_bundle(out / "bundle", to_onnx(model, c.with_deck), info, lineage)
     bundle = Bundle(out / "bundle")
     require_parity(bundle.session, model, feature_frame(passengers))
-    floors = Floors(**config.gate.model_dump())
-    decision = decide(floor_conditions(evaluation.holdout, evaluation.baselines, floors), None)
+    X = feature_frame(passengers)
+    again = fit(candidates[chosen], feature_frame(training), y, ticket, seed)  # the gate fits the recipe again
+    evidence = conditions.Evidence(
+        passengers,
+        held_out,
+        evaluation.holdout,
+        evaluation.baselines,
+        figures[chosen]["log_loss"],
+        probabilities(model, X),
+        probabilities(again, X),
+        given=conditions.leak_conditions(passengers, held_out),
+    )
+    policy = Policy(**config.gate.model_dump())
+    decision = conditions.examine(conditions.Contender.of(bundle, X), None, evidence, policy, seed=seed)
     registry = Registry(own, client)
     version = registry.register(bundle, log("promote", {}, {"promoted": decision.promote}, out / "bundle"))
     registry.promote(version, registry.alias(CHAMPION), "first", decision.reason)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..data.contract import CONTRACT_VERSION
+from ..data.contract_versions import FILE as CONTRACT_FILE
+from ..data.contract_versions import contract_json
 from ..data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame
 from ..ground.errors import BundleError
 from ..ground.settings import settings
@@ -259,6 +261,7 @@ def write_bundle(
         "model.onnx": graph,
         "bundle.json": (info.model_dump_json(indent=2) + "\n").encode(),
         "lineage.json": (lineage.model_dump_json(indent=2) + "\n").encode(),
+        CONTRACT_FILE: contract_json().encode(),
     }
     for name, content in contents.items():
         write_atomic(Path(folder) / name, content)
@@ -292,7 +295,7 @@ class Bundle:
             files, self.digest = dict(said["files"]), str(said["digest"])
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"the manifest can't be read: {error}", where=str(manifest)) from error
-        for name in ("bundle.json", "lineage.json", "model.onnx"):
+        for name in sorted({"bundle.json", "lineage.json", "model.onnx", *files}):
             if name not in files or not (folder / name).is_file():
                 raise BundleError(f"{name} is missing", where=str(folder), rule="a bundle is complete")
             if digest(folder / name) != files[name]:
