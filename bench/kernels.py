@@ -100,8 +100,9 @@ def many(executions: int, folder: Path) -> dict:
         + ", ".join(f"{count} {what}" for what, count in left.items())
     )
     print(f"PSS of a fresh kernel, eight of them: {statistics.median(pss):.0f} MB")
-    return {"executions": executions, "failed": failed, "seconds": round(took, 1), "left": left,
-            "pss_of_eight_mb": round(statistics.median(pss), 1)}  # fmt: skip
+    return {"executions": executions, "failed": failed, "seconds": round(took, 1),
+            **{f"{what} left behind": count for what, count in left.items()},
+            "PSS of a fresh kernel, MB": round(statistics.median(pss), 1)}  # fmt: skip
 
 
 def line(name: str, unit: str, baseline: list[float], ours: list[float]) -> dict:

@@ -339,6 +339,7 @@ def test_runs_that_are_killed_at_random_come_to_the_same(tmp_path: Path):
         while run.poll() is None and time.monotonic() < start + moment:
             time.sleep(0.02)
         victims = {"run": [run.pid], "kernel": kernels_of(own), "server": servers_of(own)}
+        victims["parent"] = [parent.pid for parent in parents()]
         if run.poll() is None:
             name = draw.choice([name for name, pids in victims.items() if pids])
             done += 1

@@ -138,7 +138,9 @@ def main(folder: Path, overrides: list[str]) -> None:
     bundle = Bundle(out / "bundle")
     require_parity(bundle.session, model, feature_frame(passengers))
     X = feature_frame(passengers)
-    again = fit(candidates[chosen], feature_frame(training), y, ticket, seed)  # the gate fits the recipe again
+    again = fit(
+        candidates[chosen], feature_frame(training), y, ticket, seed
+    )  # the gate fits the recipe again
     evidence = conditions.Evidence(
         passengers,
         held_out,
