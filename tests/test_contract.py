@@ -1,6 +1,6 @@
 """One contract, every target: the same verdict on made-up passengers, good and bad, and messages that name field and rule.
 
-TITANIC_CONTRACT_ROWS sets how many are made up.
+CONTRACT_ROWS sets how many are made up.
 """
 
 import json
@@ -55,7 +55,7 @@ from titanic_mlops.data.targets import (
 )
 from titanic_mlops.ground.errors import ContractError, SourceError
 
-ROWS = int(os.environ.get("TITANIC_CONTRACT_ROWS", "1500"))
+ROWS = int(os.environ.get("CONTRACT_ROWS", "1500"))
 TEXTS = rule_texts()
 KNOWN = {c.name: c for c in columns()}
 PAIRS = [rule.name for rule in ROW_RULES if isinstance(rule, Implies)]
