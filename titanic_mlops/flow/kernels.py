@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -296,10 +297,14 @@ def _reset_libraries(
             pool.set_num_threads(count)
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #5cd92acf
+_LOADED: set[str] = set()  # names of the modules that the parent has imported
+
+
 def _run_kernel(
     arguments: list[str],  # such as `-f connection.json`
 ) -> int:  # exit code
     "Be an IPython kernel until the end."
+    from IPython.core import shellapp
     from ipykernel import ipkernel
     from ipykernel.kernelapp import IPKernelApp
 
@@ -307,9 +312,16 @@ def _run_kernel(
     sys.argv = [str(launcher and launcher.origin), *arguments]
     app = IPKernelApp.instance(parent_handle=1)
     try:
-        vars(ipkernel)["sys"] = SimpleNamespace(**{**vars(sys), "modules": {}})
+        for module in (
+            ipkernel,
+            shellapp,
+        ):  # they look through all modules, which writes to the pages of each
+            vars(module)["sys"] = SimpleNamespace(**{**vars(sys), "modules": {}})
         app.initialize(arguments)
-        vars(ipkernel)["sys"] = sys
+        for module in (ipkernel, shellapp):
+            vars(module)["sys"] = sys
+        _LOADED.update(islice(reversed(sys.modules), len(sys.modules) - len(_LOADED)))
+        app.shell._sys_modules_keys = _LOADED  # what `%reset --aggressive` spares
         app.start()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -589,10 +601,9 @@ def _serve(
     pools: list[Any] = []
     with contextlib.suppress(ImportError):
         pools = importlib.import_module("threadpoolctl").ThreadpoolController().lib_controllers
+    _LOADED.update(sys.modules)
     gc.freeze()
-    with contextlib.suppress(
-        AttributeError, OSError
-    ):  # of glibc: what imports have freed goes back to the system
+    with contextlib.suppress(AttributeError):  # of glibc: what was freed goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
     files, here = [folder / f"{key}.{kind}" for kind in ("sock", "log", "lock")], os.getpid()
     files[0].unlink(missing_ok=True)
