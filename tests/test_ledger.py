@@ -151,7 +151,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, Settings]
     registry.promote(weak, None, "", "we had nothing else", by="ismay", override=True)
     done = own.titanic("run", "model=logistic", *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "better than the champion" in done.stdout, done.stdout
+    assert "champion: titanic version 2" in done.stdout, done.stdout
     return own, ours
 
 

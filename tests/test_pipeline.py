@@ -151,13 +151,13 @@ def test_every_passenger_is_scored_in_the_order_of_the_source(finished):
 def test_the_report_needs_nothing_but_a_browser(finished):
     own, _ = finished
     page = (own.store / "latest" / "report.html").read_text()
-    assert "<script" not in page and page.count("<svg") == 7
+    assert "<script" not in page and page.count("<svg") == 11
     assert not re.search(r'(?:src|href)="https?://', page)
     evaluation = json.loads((own.outputs("evaluate") / "evaluation.json").read_text())
     for name, figure in evaluation["holdout"].items():
         assert f"{figure['value']:.3f}" in page, name
     again = own.titanic("report", "-o", "mine.html")
-    assert again.returncode == 0 and (own.folder / "mine.html").read_text().count("<svg") == 7
+    assert again.returncode == 0 and (own.folder / "mine.html").read_text().count("<svg") == 11
 
 
 # --- another one

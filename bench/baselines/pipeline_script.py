@@ -94,7 +94,7 @@ def main(folder: Path, overrides: list[str]) -> None:
         wide = oof[name].pivot(index="row", columns="repeat", values="probability").to_numpy()
         figures[name], losses[name] = estimate(y, wide, ticket, seed=seed), surprises(y, wide)
         if config.cv.inner and folds > 2:
-            inside[name] = inner_validate(candidate, training, folds, 1, seed, config.cv.inner)
+            inside[name] = inner_validate(candidate, training, folds, inner=config.cv.inner, seed=seed)
         person = people(passengers)
         refuse_shared(passengers, np.where(held_out, "hold-out", "training"), person)
         for _, repeat in oof[name].groupby("repeat"):

@@ -125,6 +125,11 @@ def _execute(
         if stop.pressed:
             raise StepError("the run was interrupted") from error
         raise _broken_off(nb_man.nb, at, f"the kernel died: {_cause_of_death(client)}", _AGAIN) from error
+    except RuntimeError as error:  # as Jupyter says it when nothing has run yet
+        if "Kernel died" not in str(error):
+            raise
+        what = "the run was interrupted" if stop.pressed else "the kernel died before it answered"
+        raise StepError(what, where="by hand, or because memory ran out", do=_AGAIN) from error
     except CellTimeoutError as error:
         what = f"the cell ran for more than {client.timeout} s"
         raise _broken_off(

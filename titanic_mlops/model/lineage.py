@@ -23,6 +23,8 @@ _CODE = (".py", ".j2", ".yaml", ".csv")
 
 def _counts(path: str) -> bool:  # of a file, relative to the package's parent
     parts = path.split("/")
+    if ".ipynb_checkpoints" in parts:  # JupyterLab's
+        return False
     if parts[0] == "titanic_mlops" and parts[1] not in ("notebooks", "requirements"):
         return path.endswith(_CODE) and "__pycache__" not in parts
     return path.endswith(".ipynb") and len(parts[-1]) > 2 and parts[-1][:2].isdigit()

@@ -290,6 +290,7 @@ def inner_validate(
     passengers: "pd.DataFrame",  # training rows, contract columns with the outcome
     folds: int = 10,
     repeats: int = 1,  # reshuffles, the first ones of `cross_validate`
+    *,
     inner: int | None = None,  # inner folds for each outer one, an even number; all others if None
     seed: int = 0,
     jobs: int = 1,
@@ -304,7 +305,9 @@ def inner_validate(
     for repeat, shuffle in enumerate(_seeds(seed, repeats)):
         outs = [out for _, out in ticket_folds(table[1], table[2], folds, shuffle)]
         for a, b in combinations(range(folds), 2):
-            if inner is not None and min(b - a, folds - b + a) > inner // 2:  # not neighbours in the ring
+            if inner is not None and min(b - a, folds - b + a) > max(
+                inner // 2, 1
+            ):  # not neighbours in the ring
                 continue
             fit_rows = np.setdiff1d(np.arange(len(passengers)), np.r_[outs[a], outs[b]])
             plan.append((repeat, shuffle, (a, b), fit_rows, [outs[b], outs[a]]))
