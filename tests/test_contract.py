@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +36,7 @@ from titanic_mlops.data.contract import (
     pandera_schema,
 )
 from titanic_mlops.data.rowcheck import (
+    check_batches,
     check_parquet,
     check_records,
     check_table,
@@ -269,6 +271,41 @@ def test_parquet(typed: tuple[pa.Table, list[int]], tmp_path: Path):
     pq.write_table(good, tmp_path / "good.parquet")
     assert check_parquet(tmp_path / "good.parquet").passed
     assert pq.read_schema(tmp_path / "good.parquet").field("age").metadata[b"unit"] == b"years"
+
+
+@pytest.mark.parametrize("alike", ["numbers", "few", "long", "one"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_copies_are_found_wherever_they_stand(alike: str, coded: bool):
+    random = np.random.default_rng(1912)
+    rows = 70_000  # on the way the slots of the checker grow
+    number = random.integers(0, {"numbers": rows, "few": 300, "long": rows, "one": 1}[alike], rows)
+    before = "é" * 40 if alike == "long" else ""  # alike at both ends
+    text = pd.Series(number).astype("str")
+    named = before + text + (before or random.choice(["", "a", " b"], rows))
+    table = pa.table(
+        {
+            "pclass": np.full(rows, 3),
+            "name": pa.array(named, pa.string()),
+            "sex": pa.array(["male"] * rows),
+            "sibsp": np.zeros(rows, int),
+            "parch": np.zeros(rows, int),
+            "ticket": pa.array(pd.Series(random.choice(["1", "2", None], rows), dtype=object), pa.string()),
+        }
+    )
+    for column in columns():
+        if column.name not in table.column_names and not column.may_be_absent:
+            table = table.append_column(column.name, pa.nulls(rows))
+    if coded:
+        table = table.set_column(5, "ticket", table["ticket"].dictionary_encode())
+    ends = np.sort(random.choice(rows, 9, replace=False))
+    batches = [
+        batch
+        for first, last in zip([0, *ends], [*ends, rows], strict=True)
+        for batch in table.slice(first, last - first).to_batches()
+    ]
+    found = check_batches(table.schema, batches).broken["one_row_each"]
+    copies = table.select(["name", "ticket"]).to_pandas().duplicated()
+    assert found.tolist() == np.flatnonzero(copies).tolist()
 
 
 @pytest.mark.parametrize("name", [c.name for c in columns() if not c.nullable])

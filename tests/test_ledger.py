@@ -1,15 +1,21 @@
 """The promotion ledger under races, kills and meddling; and `titanic verify`, with every link of the chain broken once."""
 
+import http.server
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
+from typing import ClassVar
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 from checkout import BIN, QUICK, ROOT, Checkout, checkout
@@ -96,6 +102,92 @@ def test_of_two_promotions_at_the_same_moment_one_wins_in_a_bucket(monkeypatch: 
         s3fs.S3FileSystem().pipe("ship/artifacts/ledger/titanic-race/00000001.json", b"{}")
         with pytest.raises(RegistryError, match="entry 1 of the ledger was changed"):
             Ledger("s3://ship/artifacts", "titanic-race").entries()
+
+
+class _CloudStorage(http.server.BaseHTTPRequestHandler):
+    "The emulator of Cloud Storage, and the rule that it lacks: an object that is there is not created once more."
+
+    emulator = ""  # its address
+    turn = threading.Lock()
+    seen: ClassVar[list[tuple[str, int]]] = []  # precondition of each upload, and the answer
+    lose_next = False  # the next upload is carried out, and its answer lost
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = parse_qs(urlsplit(self.path).query)
+        if not (self.command == "POST" and "uploadType" in asked):
+            return self._answer(*self._ask(self.command, self.path, body))
+        [only_if] = asked.get("ifGenerationMatch", [""])
+        name = json.loads(body.split(b"\n\n")[1].split(b"\n--")[0])["name"]
+        bucket = urlsplit(self.path).path.split("/b/")[1].split("/")[0]
+        with self.turn:
+            there, _ = self._ask("GET", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
+            if only_if == "0" and there == 200:
+                found = 412, b'{"error": {"code": 412, "message": "conditionNotMet"}}'
+            else:
+                found = self._ask("POST", self.path, body)
+            lost, type(self).lose_next = self.lose_next, False
+            self.seen.append((only_if, 503 if lost else found[0]))
+        self._answer(*((503, b"") if lost else found))
+
+    def _ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        headers = {"Content-Type": self.headers.get("Content-Type", "")} if body else {}
+        asked = urllib.request.Request(self.emulator + path, body or None, headers, method=method)
+        try:
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_DELETE = _forward
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def cloud_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_CloudStorage]]:
+    import gcsfs
+
+    port = free_port()
+    emulator = [str(BIN / "gcp-storage-emulator"), "-d", str(tmp_path / "gcs"), "start", "--host=127.0.0.1"]
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    with (
+        process([*emulator, f"--port={port}", "--default-bucket=ship"], port) as url,
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), _CloudStorage) as server,
+    ):
+        _CloudStorage.emulator = url
+        _CloudStorage.seen.clear()
+        serving = threading.Thread(target=server.serve_forever, daemon=True)
+        serving.start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_address[1]}")
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        try:
+            yield _CloudStorage
+        finally:
+            server.shutdown()
+            serving.join()
+            gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.mark.long
+def test_of_two_promotions_at_the_same_moment_one_wins_in_cloud_storage(cloud_storage):
+    root = "gs://ship/artifacts"
+    require_one_winner(root, race(root))
+    assert sorted(cloud_storage.seen) == [("0", 200)] * 2 + [("0", 412)] * 3, "all of them ask to create"
+    # the answer to a request is lost on its way: it is sent again, and finds what it wrote itself
+    ledger = Ledger(root, "titanic-race")
+    cloud_storage.lose_next = True
+    third = ledger.append(ledger.entries()[-1], **FACTS)
+    assert cloud_storage.seen[-2:] == [("0", 503), ("0", 412)]
+    assert ledger.entries()[-1] == third
 
 
 # --- one quick run, after a model that it betters

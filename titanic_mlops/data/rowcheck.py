@@ -144,11 +144,19 @@ def _bad_numbers(column: Column, cells: "pa.Array") -> "np.ndarray":
     return np.flatnonzero(bad)
 
 
-def _missing(cells: "pa.Array") -> "np.ndarray":
-    "Where a cell is missing, as a mask."
+def _missing(cells: "pa.Array") -> "pa.BooleanArray":
+    "Where a cell is missing; NaN is."
     import pyarrow.compute as pc
 
-    return pc.is_null(cells, nan_is_null=True).to_numpy(zero_copy_only=False)
+    return pc.is_null(cells, nan_is_null=True)
+
+
+def _rows_of(flags: "pa.BooleanArray") -> "np.ndarray":
+    "Numbers of the rows that are flagged, ascending; straight from the bits."
+    import numpy as np
+    import pyarrow.compute as pc
+
+    return pc.indices_nonzero(flags).to_numpy().astype(np.int64)
 
 # %% ../../nbs/02_data/06_rowcheck.ipynb #bdfd359a
 def _edges(cells: "pa.Array") -> tuple["np.ndarray", "np.ndarray"]:
@@ -228,12 +236,15 @@ def _bad_cells(column: Column, cells: "pa.Array") -> "np.ndarray":
         bad = np.zeros(0, np.int64)
     elif pa.types.is_dictionary(cells.type):
         bad = _rows_with(_bad_cells(column, cells.dictionary), _slots(cells.indices))
+    elif 2 * cells.null_count > len(cells):  # most are missing: look at the others only
+        bad = _bad_cells(column, cells.drop_null())
+        bad = _rows_of(cells.is_valid())[bad] if len(bad) else bad
     else:
         bad = (_bad_texts if column.kind == "str" else _bad_numbers)(column, cells)
     if cells.null_count and len(bad):
-        bad = bad[~_missing(cells)[bad]]
+        bad = bad[~_mask(_missing(cells.take(pa.array(bad))))]
     if not column.nullable and (cells.null_count or pa.types.is_floating(cells.type)):
-        bad = np.union1d(bad, np.flatnonzero(_missing(cells)))
+        bad = np.union1d(bad, _rows_of(_missing(cells)))
     return bad
 
 
@@ -241,6 +252,8 @@ def _rows_with(refused: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
     "Numbers of the rows whose code is among the refused ones, of which there are mostly few."
     import numpy as np
 
+    if not len(refused):
+        return refused
     if len(refused) > 8:
         return np.flatnonzero(np.isin(codes, refused))
     bad = np.zeros(len(codes), bool)
@@ -251,11 +264,10 @@ def _rows_with(refused: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
 # %% ../../nbs/02_data/06_rowcheck.ipynb #281cefa7
 def _bad_pairs(rule: Implies, batch: "pa.RecordBatch") -> "np.ndarray":
     "Numbers of the rows that break an `Implies`."
-    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    others = np.flatnonzero(~_missing(_plain(batch.column(rule.missing))))
+    others = _rows_of(pc.invert(_missing(_plain(batch.column(rule.missing)))))
     if not len(others):
         return others
     values = _plain(batch.column(rule.column)).take(pa.array(others))
@@ -274,15 +286,30 @@ def _fingerprints(cells: "pa.Array") -> "np.ndarray":
         codes = cells.indices
         known = codes.fill_null(0) if codes.null_count else codes
         prints = _fingerprints(cells.dictionary)[_slots(known)]
-        return prints * ~_missing(codes) if codes.null_count else prints
+        return prints * ~_mask(_missing(codes)) if codes.null_count else prints
     cells = _plain(cells)
     if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
         return cells.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64).view(np.uint64) * _ODD[0]
     edges, content = _edges(cells.fill_null("") if cells.null_count else cells)
-    sizes = np.diff(edges)
+    mixed = np.empty(len(cells), np.uint64)
+    for first in range(0, len(cells), _BLOCK):
+        part = edges[first : first + _BLOCK + 1]
+        mixed[first : first + _BLOCK] = _text_prints(part, content)
+    return mixed
+
+
+_BLOCK = 16_384  # texts at a time: what is computed on the way stays in the processor's cache
+
+
+def _text_prints(edges: "np.ndarray", content: "np.ndarray") -> "np.ndarray":
+    "Fingerprints of texts, of their lengths and their first and last eight bytes."
+    import numpy as np
+
+    starts, ends = edges[:-1].astype(np.int64), edges[1:].astype(np.int64)
+    sizes = ends - starts
     mixed = sizes.astype(np.uint64)
-    for odd, starts in zip(_ODD, (edges[:-1], np.maximum(edges[1:] - 8, edges[:-1])), strict=False):
-        mixed ^= _eight_bytes(content, starts, sizes)
+    for odd, place in zip(_ODD, (starts, np.maximum(ends - 8, starts)), strict=False):
+        mixed ^= _eight_bytes(content, place, sizes)
         mixed *= np.uint64(odd)
         mixed ^= mixed >> np.uint64(29)
     return mixed
@@ -302,20 +329,78 @@ def _eight_bytes(content: "np.ndarray", starts: "np.ndarray", sizes: "np.ndarray
     return found
 
 # %% ../../nbs/02_data/06_rowcheck.ipynb #f0811e48
-def _meet(prints: "np.ndarray") -> "np.ndarray":
-    "Rows whose fingerprint begins as that of another: each leaves its number in a slot, and who finds another's has met it."
+def _slot(prints: "np.ndarray", bits: int) -> "np.ndarray":
+    "The number of a slot for each fingerprint: its first bits."
     import numpy as np
 
-    bits = len(prints).bit_length() + 3
-    slots = (prints >> np.uint64(64 - bits)).view(np.int64)
-    numbers = np.arange(len(prints), dtype=np.int32 if len(prints) < 2**31 else np.int64)
-    last = np.empty(1 << bits, numbers.dtype)  # only slots that were written to are read
-    last[slots] = numbers
-    found = last[slots]
-    losers = np.flatnonzero(found != numbers)
-    met = np.zeros(len(prints), bool)
-    met[losers] = met[found[losers]] = True
-    return np.flatnonzero(met)
+    return (prints >> np.uint64(64 - bits)).view(np.int64)
+
+
+class _Guests:
+    "Slots in which each row leaves its number: who finds another's there has met it. Filled as rows come."
+
+    def __init__(self, rows: int = 0):  # expected; more may come
+        self.bits, self.prints, self.rows = max(16, rows.bit_length() + 2), [], 0
+        self.last = self._empty()
+
+    def _empty(self) -> "np.ndarray":
+        import numpy as np
+
+        kind = np.int32 if self.bits < 32 else np.int64
+        return np.empty(1 << self.bits, kind)  # only slots that were written to are read
+
+    def enter(self, prints: "np.ndarray") -> None:
+        "Let the next rows leave their numbers."
+        self.prints.append(prints)
+        if 2 * (self.rows + len(prints)) > len(self.last):  # too crowded: all move to a larger house
+            self.bits, self.rows = (self.rows + len(prints)).bit_length() + 2, 0
+            self.last = self._empty()
+            for earlier in self.prints[:-1]:
+                self._sign(earlier)
+        self._sign(prints)
+
+    def _sign(self, prints: "np.ndarray") -> None:
+        import numpy as np
+
+        numbers = np.arange(self.rows, self.rows + len(prints), dtype=self.last.dtype)
+        self.last[_slot(prints, self.bits)] = numbers
+        self.rows += len(prints)
+
+    def met(self, over: Callable[..., Any] = map) -> "np.ndarray":  # ascending
+        "Numbers of the rows that share a slot with another."
+        import numpy as np
+
+        firsts = np.cumsum([0, *map(len, self.prints)])
+        met = np.zeros(self.rows, bool)
+        for losers, winners in over(self._strangers, self.prints, firsts):
+            met[losers] = met[winners] = True
+        return np.flatnonzero(met)
+
+    def _strangers(self, prints: "np.ndarray", first: int) -> tuple["np.ndarray", "np.ndarray"]:
+        "Rows that find another's number in their slot, and whose."
+        import numpy as np
+
+        found = self.last[_slot(prints, self.bits)]
+        losers = np.flatnonzero(found != np.arange(first, first + len(prints), dtype=found.dtype))
+        return first + losers, found[losers]
+
+
+def _alike(prints: "np.ndarray", suspects: "np.ndarray") -> "np.ndarray":  # ascending
+    "Those of the suspects whose fingerprint another one has; `prints` are theirs."
+    import numpy as np
+
+    shrinks = len(prints) > 0
+    while shrinks:  # in other slots few meet again by chance; who has the same fingerprint never parts
+        prints = prints * np.uint64(_ODD[0])
+        guests = _Guests(len(prints))
+        guests.enter(prints)
+        left = guests.met()
+        shrinks = 2 * len(left) < len(prints)
+        prints, suspects = prints[left], suspects[left]
+    order = np.argsort(prints, kind="stable")
+    same = np.zeros(len(order) + 1, bool)  # as the one before; the ends have no neighbour
+    same[1:-1] = prints[order[1:]] == prints[order[:-1]]
+    return np.sort(suspects[order[same[1:] | same[:-1]]])
 
 # %% ../../nbs/02_data/06_rowcheck.ipynb #05738de7
 class _Keys:
@@ -323,7 +408,7 @@ class _Keys:
 
     def __init__(self, rule: Unique):
         self.rule = rule
-        self.prints: list[np.ndarray] = []
+        self.guests = _Guests()
         self.cells: list[list[pa.Array]] = []
 
     def add(self, batch: "pa.RecordBatch") -> None:
@@ -335,20 +420,16 @@ class _Keys:
         mixed = np.zeros(len(batch), np.uint64)
         for cells in keys:
             mixed = mixed * np.uint64(_ODD[2]) + _fingerprints(cells)
-        self.prints.append(mixed)
+        self.guests.enter(mixed)
         self.cells.append(keys)
 
-    def repeated(self) -> "np.ndarray":  # row numbers, ascending
+    def repeated(self, over: Callable[..., Any] = map) -> "np.ndarray":  # row numbers, ascending
         "Rows whose key stands in a row before."
         import numpy as np
 
-        prints = np.concatenate([np.zeros(0, np.uint64), *self.prints])
-        suspects = _meet(prints)
-        order = np.argsort(prints[suspects])
-        ordered = prints[suspects[order]]
-        same = np.zeros(len(order) + 1, bool)  # as the one before; the ends have no neighbour
-        same[1:-1] = ordered[1:] == ordered[:-1]
-        suspects = np.sort(suspects[order[same[1:] | same[:-1]]])
+        suspects = self.guests.met(over)
+        prints = np.concatenate([np.zeros(0, np.uint64), *self.guests.prints])[suspects]
+        suspects = _alike(prints, suspects)
         seen: set[Any] = set()
         found = []
         for number, key in zip(suspects.tolist(), self._keys(suspects), strict=True):
@@ -415,8 +496,8 @@ def check_batches(
             for one in added:
                 one.result()
             rows += len(batch)
+        repeated = {one.rule.name: one.repeated(pool.map) for one in keys}
     broken = {name: np.concatenate(found[name]) for name in looks if name in found}
-    repeated = {one.rule.name: one.repeated() for one in keys}
     return Findings(rows, broken | {k: v for k, v in repeated.items() if len(v)}, examples)
 
 

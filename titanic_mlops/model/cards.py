@@ -65,7 +65,8 @@ _FOR_WHOM = """\
 | {{ s.by }} | {{ s.group }} | {{ s.passengers }} | {{ "%.3f" | format(s.survived) }} | {{ "%.3f" | format(s.mean_probability) }} | {{ s.accuracy }} |
 {% endfor %}
 {% else -%}
-This run has evaluated another model, the challenger {{ evaluated }}. The slices of the champion are in the run that registered it.
+This run has evaluated another model, the challenger {{ evaluated }}. The slices of the champion, and how it treats each group, are in the
+run that registered it.
 {% endif %}
 ## Limits
 
@@ -74,6 +75,7 @@ This run has evaluated another model, the challenger {{ evaluated }}. The slices
 - **Missing is not random.** Age and cabin are known more often of those who lived, or who travelled in first class.
 - **Groups that are small** (a port, an age band) have intervals that allow almost anything; read the intervals, not the values.
 
+{{ fairness }}
 ## Ethics
 
 The list is of real people, most of whom died that night. The model has learned how places in the boats were given: women before men, first class
@@ -107,23 +109,47 @@ def _template(text: str) -> Any:
 
     return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
 
+# %% ../../nbs/03_model/13_cards.ipynb #7d2a90c4
+_FAIRNESS = """\
+## Fairness
 
+A decision at one half, on the held-out passengers. The selection rate is the share of a group that is predicted to live, the TPR that share among
+those who lived, the FPR among those who died. A gap is the highest rate minus the lowest; intervals are 95 %, by bootstrap over tickets.
+
+| by | rate | groups | gap, with interval | passengers behind the smallest rate |
+|---|---|---|---|---|
+{% for g in gaps -%}
+| {{ g.by }} | {{ g.rate }} | {% for name, e in g.groups.items() %}{{ name }} {{ "%.3f" | format(e.value) }}{{ ", " if not loop.last }}{% endfor %} | {{ g.difference }} | {{ g.counts.values() | min }} |
+{% endfor %}
+{% set worst = gaps | max(attribute="difference.value") -%}
+The widest gap is the {{ worst.rate }} by {{ worst.by }}: {{ worst.highest }} against {{ worst.lowest }}. Outcomes were as unequal that night; a model
+that is right about it can't have equal rates in all three, and this one does not try to. The gate keeps a challenger from widening a gap
+by sex or class of the champion's.
+"""
+
+
+def _fairness(gaps: list[Any]) -> str:  # Markdown
+    "The section on fairness; nothing if the run did not measure it, or measured another model."
+    return _template(_FAIRNESS).render(gaps=gaps) if gaps else ""
+
+# %% ../../nbs/03_model/13_cards.ipynb #e15c6a3b
 def model_card(
     report: Report,
     info: BundleInfo,  # of the champion
     challenger: str,  # digest of the bundle that the run has evaluated
 ) -> str:  # Markdown
     "The card of the model that serves."
-    evaluation = report.evaluation
+    evaluation, own = report.evaluation, challenger == report.champion.digest
     return _template(_MODEL_CARD + "\n" + _FOR_WHOM).render(
         champion=report.champion,
         info=info,
         holdout=evaluation.holdout_passengers,
         labels=LABELS,
-        own=challenger == report.champion.digest,
+        own=own,
         evaluated=evaluation.chosen,
         slices=evaluation.slices,
         decision=report.decision,
+        fairness=_fairness(evaluation.fairness if own else []),
     )
 
 # %% ../../nbs/03_model/13_cards.ipynb #0b59bb7a
