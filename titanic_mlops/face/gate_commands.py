@@ -50,6 +50,8 @@ def _alarm_lines(alarms: "Alarms") -> list[str]:
         f"      of which better                           {alarms.ties_better}",
         f"      of which worse                            {alarms.ties_worse}",
         f"      had the gate used a plain bootstrap       {alarms.bootstrap}",
+        f"    runs with two equal candidates, one chosen    {alarms.run}",
+        f"      had both been sent to the gate            {alarms.run_all}",
         f"    honest challengers judged falsely           {alarms.honest}",
         f"    honest challengers stopped by a condition   {alarms.stopped}",
         f"      of which falsely                          {alarms.falsely}",
