@@ -2,7 +2,10 @@
 
 Ticket-grouped, 10 folds, 5 reshuffles, all passengers of the embedded list. Candidates are compared inside each outer fold
 and the smallest that is not distinguishably worse predicts it (one standard error); every figure has its 95 % interval by
-bootstrap over tickets. Prints figures and seconds; `--json FILE` appends a line that documents can cite.
+bootstrap over tickets. The candidates are those of the configuration, whose regularisation C = 0.3 was settled on earlier, on the same
+passengers; the line `with C chosen inside too` shows what the procedure is worth when that is chosen anew in each outer fold too, from
+a grid that was written down before (a third, one, and three times the default). Prints figures and seconds; `--json FILE`
+appends a line that documents can cite.
 """
 
 import argparse
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_LOSS, ECE, SECONDS = 0.435, 0.03, 120  # at most
+GRID = (0.1, 0.3, 1.0)  # of C, for the stricter estimate
 
 
 def candidates() -> dict[str, Any]:
@@ -26,6 +30,20 @@ def candidates() -> dict[str, Any]:
         name: Candidate(c.kind, c.hyperparameters, c.calibration, c.with_deck)
         for name, c in config.model.candidates.items()
     }
+
+
+def regularised(own: dict[str, Any]) -> dict[str, Any]:
+    "The logistic candidates, once for each C of the grid; those that are there already are left out."
+    from titanic_mlops.model.train import Candidate
+
+    found = {}
+    for name, c in own.items():
+        if c.kind == "logistic":
+            for C in (C for C in GRID if c.settings["C"] != C):
+                found[f"{name}, C = {C:g}"] = Candidate(
+                    c.kind, {**c.hyperparameters, "C": C}, c.calibration, c.with_deck
+                )
+    return found
 
 
 def references(passengers: Any) -> dict[str, tuple[Any, Any]]:
@@ -152,17 +170,26 @@ def main() -> None:
     heads = "  ".join(f"{head:>20}" for head in ("log loss", "accuracy", "ROC-AUC"))
     print(f"{'95 % intervals':<25} {heads}    ECE      s  log loss, less the champion's")
     begin, figures, outer, inner, sizes = time.perf_counter(), [], {}, {}, {}
-    for name, candidate in candidates().items():
+
+    def measure(name: str, candidate: Any) -> None:
         start = time.perf_counter()
         outer[name] = cross_validate(candidate, passengers, **how)
         inner[name] = inner_validate(candidate, passengers, **how)
         sizes[name] = size_of(fit(candidate, X, y, ticket, arguments.seed))
         wide = outer[name].pivot(index="row", columns="repeat", values="probability").to_numpy()
         figures.append(line(name, y, wide, ticket, start))
+
+    for name, candidate in (own := candidates()).items():
+        measure(name, candidate)
     start = time.perf_counter()
     whole, (p, _) = nested(outer, inner, sizes, y, ticket), nest(outer, inner, sizes, y, ticket)
     champion = line("champion, chosen inside", y, p, ticket, start)
     took = time.perf_counter() - begin
+    for name, candidate in regularised(own).items():
+        measure(name, candidate)
+    start = time.perf_counter()
+    wider, (q, _) = nested(outer, inner, sizes, y, ticket), nest(outer, inner, sizes, y, ticket)
+    strict = line("with C chosen inside too", y, q, ticket, start, than=p)
     folds = folds_of(next(iter(outer.values())))
     for name, (model, seen) in references(passengers).items():
         start = time.perf_counter()
@@ -172,6 +199,8 @@ def main() -> None:
     print(
         "\nchosen in so many of the outer folds: "
         + ", ".join(f"{n} {c}" for n, c in whole.chosen.items() if c)
+        + "; with C chosen as well: "
+        + ", ".join(f"{n} {c}" for n, c in wider.chosen.items() if c)
     )
     loss, ece = whole.figures["log_loss"], whole.figures["ece"]
     verdicts = {
@@ -180,6 +209,10 @@ def main() -> None:
         f"nested cross-validation of all candidates, with intervals: {took:.0f} s, at most {SECONDS}": took
         <= SECONDS,
     }
+    stricter = wider.figures["log_loss"].value
+    verdicts[f"log loss with C chosen inside as well {stricter:.4f}, at most {LOG_LOSS}"] = (
+        stricter <= LOG_LOSS
+    )
     for text, met in verdicts.items():
         print(f"{'met' if met else 'NOT MET':<8} {text}")
     if arguments.json:
@@ -188,6 +221,7 @@ def main() -> None:
         said |= {
             "nested_seconds": round(took, 1),
             "chosen": whole.chosen,
+            "with_C_chosen": strict | {"chosen": wider.chosen},
             "figures": figures,
             "repeats": arguments.repeats,
         }
