@@ -15,12 +15,14 @@ from titanic_mlops.ground.errors import ContractError, ParameterError
 from titanic_mlops.model.conditions import (
     age_condition,
     agreement_condition,
+    bad_weights,
     calibration_slope,
     contract_condition,
     data_age,
     fairness_condition,
     fairness_gaps,
     leak_conditions,
+    population_condition,
     population_distances,
     slice_condition,
     slope_condition,
@@ -245,6 +247,27 @@ def test_too_good_is_measured_in_standard_errors():
     near, far = (Estimate(value=v, low=v - 0.06, high=v + 0.06) for v in (0.40, 0.20))
     assert too_good_condition(near, folds, Policy()).passed
     assert not too_good_condition(far, folds, Policy()).passed
+
+
+def test_a_champion_that_does_not_say_whom_it_knows_settles_nothing():
+    unknown = population_condition({}, Policy())
+    assert not unknown.passed and unknown.overridable
+
+
+def test_a_weight_that_is_no_number_is_found_wherever_it_hides():
+    import onnx
+    from onnx.helper import make_graph, make_model, make_node, make_tensor
+
+    bad = make_tensor("v", onnx.TensorProto.FLOAT, [2], [1.0, float("nan")])
+    ways = {
+        "a constant": (make_node("Constant", [], ["y"], value=bad), []),
+        "one number": (make_node("LeakyRelu", ["x"], ["y"], alpha=float("inf")), []),
+        "a list": (make_node("Constant", [], ["y"], value_floats=[0.0, float("nan")]), []),
+        "an initializer": (make_node("Add", ["x", "v"], ["y"]), [bad]),
+    }
+    for way, (node, initializers) in ways.items():
+        graph = make_graph([node], "g", [], [], initializers)
+        assert bad_weights(make_model(graph).SerializeToString()) == 1, way
 
 
 def test_a_lost_feature_is_another_population(passengers):

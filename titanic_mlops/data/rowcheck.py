@@ -540,7 +540,7 @@ def _ahead(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
 
 def check_parquet(
     path: Path | str,
-    batch_rows: int = 131_072,  # rows in memory at a time, besides the keys of `Unique`
+    batch_rows: int = 262_144,  # rows in memory at a time, besides the keys of `Unique`
 ) -> Findings:
     "Check a Parquet file, batch by batch. Raises `SourceError` if it can't be read."
     import pyarrow as pa

@@ -100,7 +100,10 @@ def bad_weights(
 
     model = onnx.load_from_string(graph)
     parts = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer]
-    parts += [np.array(a.floats) for node in model.graph.node for a in node.attribute if len(a.floats)]
+    for attribute in (a for node in model.graph.node for a in node.attribute):
+        if attribute.name != "replaced_value_float":  # what the imputer replaces: NaN is right there
+            parts += [np.array([*attribute.floats, attribute.f])]
+        parts += [onnx.numpy_helper.to_array(t) for t in (*attribute.tensors, attribute.t) if t.data_type]
     return int(sum((~np.isfinite(part)).sum() for part in parts if np.issubdtype(part.dtype, np.floating)))
 
 
@@ -335,6 +338,14 @@ def population_distances(
 
 def population_condition(distances: Mapping[str, float], policy: Policy) -> Condition:
     "Do the rows look like those that the champion was trained on?"
+    if not distances:
+        return Condition(
+            name="known population",
+            observed="the champion's bundle does not say whom it was trained on",
+            needed="the deciles and shares of its features",
+            passed=False,
+            why="another unit or another coding looks like another population",
+        )
     worst = max(distances, key=lambda name: distances[name])
     return Condition(
         name="known population",
