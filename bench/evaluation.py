@@ -210,7 +210,7 @@ def main() -> None:
         <= SECONDS,
     }
     stricter = wider.figures["log_loss"].value
-    verdicts[f"log loss with C chosen inside as well {stricter:.4f}, at most {LOG_LOSS}"] = (
+    verdicts[f"log loss with C chosen inside as well {stricter:.5f}, at most {LOG_LOSS}"] = (
         stricter <= LOG_LOSS
     )
     for text, met in verdicts.items():

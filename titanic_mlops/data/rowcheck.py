@@ -384,7 +384,7 @@ class _Guests:
         losers = np.flatnonzero(found != np.arange(first, first + len(prints), dtype=found.dtype))
         return first + losers, found[losers]
 
-
+# %% ../../nbs/02_data/06_rowcheck.ipynb #c80d1e45
 def _alike(prints: "np.ndarray", suspects: "np.ndarray") -> "np.ndarray":  # ascending
     "Those of the suspects whose fingerprint another one has; `prints` are theirs."
     import numpy as np
