@@ -78,7 +78,7 @@ def many(executions: int, folder: Path) -> dict:
             failed += 1
             print(f"execution {number} failed: {error}")
 
-    [parent] = [info.pid for info in kernels.parents() if "mlflow.pyfunc" in info.preloads]
+    [parent] = [info.pid for info in kernels.parents() if "mlflow" in info.preloads]
     files = lambda: len(os.listdir(f"/proc/{parent}/fd"))
     children = lambda: Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     before = files()

@@ -928,6 +928,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'titanic_mlops/flow/records.py'),
                                             'titanic_mlops.flow.records._alive': ( '04_flow/records.html#_alive',
                                                                                    'titanic_mlops/flow/records.py'),
+                                            'titanic_mlops.flow.records._new_clerk': ( '04_flow/records.html#_new_clerk',
+                                                                                       'titanic_mlops/flow/records.py'),
                                             'titanic_mlops.flow.records._pairs': ( '04_flow/records.html#_pairs',
                                                                                    'titanic_mlops/flow/records.py'),
                                             'titanic_mlops.flow.records._tags': ( '04_flow/records.html#_tags',

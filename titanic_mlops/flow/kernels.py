@@ -46,8 +46,7 @@ PRELOAD = (
     "tornado.platform.asyncio",
     "numpy", "pandas", "scipy.stats", "pyarrow.parquet", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
     "sklearn.linear_model", "sklearn.ensemble", "sklearn.compose", "sklearn.pipeline", "sklearn.model_selection",
-    "sklearn.metrics", "sklearn.calibration", "skops.io", "pandera.pandas", "onnxruntime", "skl2onnx",
-    "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store",
+    "sklearn.metrics", "sklearn.calibration", "skops.io", "onnxruntime", "mlflow",
 )  # fmt: skip
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #04c9e214

@@ -132,34 +132,51 @@ def serve_clerk() -> None:
 
 # %% ../../nbs/04_flow/06_records.ipynb #a1c0fe07
 _CLERK = "from titanic_mlops.flow.records import serve_clerk; serve_clerk()"
-_AHEAD: list[tuple[subprocess.Popen, socket.socket]] = []  # a clerk that nobody has spoken to
+_AHEAD: list[
+    tuple[Any, socket.socket]
+] = []  # a clerk's process and the line to it, before anybody has spoken to it
+
+
+def _new_clerk(answers: socket.socket) -> subprocess.Popen:
+    "A clerk that imports all of MLflow first, but no pandas."
+    light = "import sys; sys.modules.update(dict.fromkeys(('numpy', 'pandas'))); "
+    return subprocess.Popen(
+        [sys.executable, "-c", light + _CLERK],
+        stdin=subprocess.DEVNULL,
+        stdout=answers,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
 
 
 def clerk_ahead(settings: Settings) -> bool:  # whether one was started
-    "Start a clerk ahead of time, if a run of recalled jobs is likely and nobody is there to put it on record."
+    "Start a clerk ahead of time, if a run of recalled jobs is likely and no server is there to put it on record."
     from jupyter_core.paths import jupyter_runtime_dir
 
-    served = (settings.store / "services" / "mlflow.json").exists()
-    warm = any(Path(jupyter_runtime_dir(), "titanic-warm").glob("*.lock"))
-    if served or warm or not (settings.store / "latest" / "run.json").exists():
+    run_before = (settings.store / "latest" / "run.json").exists()
+    if not run_before or (settings.store / "services" / "mlflow.json").exists():
         return False
     ours, theirs = socket.socketpair()
-    light = "import sys; sys.modules.update(dict.fromkeys(('numpy', 'pandas'))); "
     with theirs:
-        command = [sys.executable, "-c", light + _CLERK]
-        quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        if any(Path(jupyter_runtime_dir(), "titanic-warm").glob("*.sock")):
+            from titanic_mlops.flow.kernels import start_warm
+
+            clerk: Any = start_warm(_CLERK, stdout=theirs)
+        else:
+            clerk = _new_clerk(theirs)
+    if clerk:
         atexit.register(dismiss_clerk)
-        _AHEAD.append((subprocess.Popen(command, stdout=theirs, **quiet), ours))
-    return True
+        _AHEAD.append((clerk, ours))
+    return bool(clerk)
 
 
 def dismiss_clerk() -> None:
     "Send a clerk home that was started ahead of time and is not needed."
     while _AHEAD:
-        process, line = _AHEAD.pop()
+        clerk, line = _AHEAD.pop()
         line.close()
-        process.kill()
-        process.wait()
+        clerk.kill()
+        clerk.wait()
 
 # %% ../../nbs/04_flow/06_records.ipynb #a1c0fe04
 class _Clerk:
@@ -179,14 +196,12 @@ class _Clerk:
     def _hire(self, patience: float) -> None:
         from titanic_mlops.flow.kernels import start_warm
 
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._clerk: Any = start_warm(_CLERK, stdout=theirs, patience=patience)  # ends when it is let go
-        if self._clerk:
-            dismiss_clerk()
-        elif _AHEAD:
-            ours.close()
+        if _AHEAD:
             self._clerk, ours = _AHEAD.pop()
+        else:
+            ours, theirs = socket.socketpair()
+            with theirs:  # it ends when it is let go
+                self._clerk = start_warm(_CLERK, stdout=theirs, patience=patience)
         with ours:
             if self._clerk:
                 self._stream = ours.makefile("rwb")
