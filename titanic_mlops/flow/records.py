@@ -148,7 +148,7 @@ def _new_clerk(answers: socket.socket) -> subprocess.Popen:
         start_new_session=True,  # Ctrl-C is not for it
     )
 
-
+# %% ../../nbs/04_flow/06_records.ipynb #a1c0fe09
 def clerk_ahead(settings: Settings) -> bool:  # whether one was started
     "Start a clerk ahead of time, if a run of recalled jobs is likely and no server is there to put it on record."
     from jupyter_core.paths import jupyter_runtime_dir
