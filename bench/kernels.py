@@ -56,7 +56,11 @@ def empty_kernel(kernel: str) -> tuple[float, float]:
 
 
 def many(executions: int, folder: Path) -> dict:
-    "Eight notebooks at once, over and over: how many failed, and what was left behind; and the PSS of eight fresh kernels."
+    """Eight notebooks at once, over and over: how many failed, and what was left behind; and the memory of a fresh kernel.
+
+    It is the PSS (a page counts by its share among those who share it) of kernels that have said that they are ready
+    and have run nothing, with eight of them alive beside their parent, and nobody else.
+    """
     import papermill
     from jupyter_client.manager import KernelManager
 
@@ -74,7 +78,7 @@ def many(executions: int, folder: Path) -> dict:
             failed += 1
             print(f"execution {number} failed: {error}")
 
-    [parent] = [info.pid for info in kernels.parents() if "mlflow.pyfunc" in info.preloads]
+    [parent] = [info.pid for info in kernels.parents() if "mlflow" in info.preloads]
     files = lambda: len(os.listdir(f"/proc/{parent}/fd"))
     children = lambda: Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     before = files()
@@ -99,7 +103,7 @@ def many(executions: int, folder: Path) -> dict:
         f"eight at once: {executions} executions, {failed} failed, {took:.0f} s; left behind: "
         + ", ".join(f"{count} {what}" for what, count in left.items())
     )
-    print(f"PSS of a fresh kernel, eight of them: {statistics.median(pss):.0f} MB")
+    print(f"PSS of a fresh kernel, eight alive that have run nothing: {statistics.median(pss):.0f} MB")
     return {"executions": executions, "failed": failed, "seconds": round(took, 1),
             **{f"{what} left behind": count for what, count in left.items()},
             "PSS of a fresh kernel, MB": round(statistics.median(pss), 1)}  # fmt: skip

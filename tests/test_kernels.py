@@ -229,6 +229,28 @@ time.sleep(60)
     assert seconds_until(lambda: not alive(pid)) < 6  # this one ignores the polite request
 
 
+def test_a_fresh_kernel_has_little_of_its_own(start):
+    def own(kernel) -> int:  # kB
+        rollup = Path(f"/proc/{kernel.manager.provisioner.pid}/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_"))
+
+    assert 2 * own(start()) < own(start("python3"))
+
+
+def test_options_and_configuration_files_are_read(start):
+    line = "print(get_ipython().ast_node_interactivity, globals().get('seen'))"
+    assert start()(line) == "last_expr None"
+    profile = Path(os.environ["IPYTHONDIR"]) / "profile_default" / "ipython_kernel_config.py"
+    profile.write_text("c.InteractiveShellApp.exec_lines = ['seen = 7']\n")
+    try:
+        kernel = start(extra_arguments=["--InteractiveShell.ast_node_interactivity=all"])
+        assert warm(kernel)
+        assert kernel(line) == "all 7"
+        assert start()(line) == "last_expr 7"
+    finally:
+        profile.unlink()
+
+
 def test_random_numbers_differ(start):
     code = "import random, numpy; print(random.random(), numpy.random.random(), numpy.random.default_rng().random())"
     first, second = (start()(code).split() for _ in range(2))

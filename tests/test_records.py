@@ -1,7 +1,9 @@
 """The short way to MLflow and Prefect, over HTTP, says the same as the long one."""
 
 import json
+import subprocess
 import urllib.request
+from pathlib import Path
 
 import pytest
 from checkout import Checkout
@@ -43,6 +45,40 @@ def test_a_model_that_is_not_registered_has_no_champion(own: Settings):
     url = services.running(own)["mlflow"].url
     other = Settings(store=own.store, mlflow_model="nobody")
     assert records.RestBooks(other, url).champion() == records.MlflowBooks(other).champion() == ""
+
+
+def test_a_clerk_ahead_of_time_writes_the_same_and_may_die(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))  # nobody to fork from
+    alone = Settings(store=tmp_path / "store")
+    assert not records.clerk_ahead(alone)  # there was no run before
+    (alone.store / "latest").mkdir(parents=True)
+    (alone.store / "latest" / "run.json").write_text("{}")
+    assert records.clerk_ahead(alone)
+    books = records.ClerkBooks(alone)
+    first = books.create("tried", {"titanic.job": "ingest"})
+    clerk = books._clerk
+    assert isinstance(clerk, subprocess.Popen) and clerk.poll() is None
+    books.log(first, {"seed": 7}, {"rows": 1309}, {"mood": "good"})
+    (tmp_path / "kept.txt").write_text("here")
+    books.keep(first, tmp_path / "kept.txt")
+    assert first in books.open_runs() and books.champion() == ""
+    clerk.kill()
+    clerk.wait()
+    books.end(first)  # written by this process
+    long = records.MlflowBooks(alone)
+    run = long.client.get_run(first)
+    assert (run.info.status, run.data.params, run.data.metrics) == ("FINISHED", {"seed": "7"}, {"rows": 1309})
+    assert [file.path for file in long.client.list_artifacts(first)] == ["kept.txt"]
+
+
+def test_a_clerk_that_is_not_needed_leaves(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "run.json").write_text("{}")
+    assert records.clerk_ahead(Settings(store=tmp_path))
+    [(process, _)] = records._AHEAD
+    records.dismiss_clerk()
+    assert process.poll() == -9 and records._AHEAD == []
 
 
 def test_prefect_shows_recalled_jobs_as_cached(own: Settings):

@@ -270,6 +270,10 @@ def run(
 ) -> None:
     "Run the pipeline: ingest, validate, train, evaluate, promote, score, report."
     _require_pipeline()
+    if not (force or from_step or multirun):
+        from titanic_mlops.flow.records import clerk_ahead
+
+        clerk_ahead(settings())  # imports MLflow while this process reads on
     from titanic_mlops.flow.configuration import load
 
     configs = load(overrides or [], multirun)

@@ -29,7 +29,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
+from operator import sub
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -39,13 +40,13 @@ from traitlets import Float, List, Unicode
 
 KERNEL_NAME = "titanic-warm"
 PRELOAD = (
+    # what a kernel is made of comes first: what all of them write to then lies together in memory
+    "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "IPython.core.completerlib",
+    "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic",
+    "tornado.platform.asyncio",
     "numpy", "pandas", "scipy.stats", "pyarrow.parquet", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
     "sklearn.linear_model", "sklearn.ensemble", "sklearn.compose", "sklearn.pipeline", "sklearn.model_selection",
-    "sklearn.metrics", "sklearn.calibration", "skops.io", "pandera.pandas", "onnxruntime", "skl2onnx",
-    "great_expectations", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.store.model_registry.sqlalchemy_store", "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel",
-    "ipykernel.debugger", "IPython.core.completerlib", "IPython.core.debugger", "IPython.extensions.storemagic",
-    "tornado.platform.asyncio",
+    "sklearn.metrics", "sklearn.calibration", "skops.io", "onnxruntime", "mlflow",
 )  # fmt: skip
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #04c9e214
@@ -255,8 +256,10 @@ def _move_in(
     for target, source in enumerate([os.open(os.devnull, os.O_RDONLY), *files]):
         os.dup2(source, target)
         os.close(source)
-    os.environ.clear()
-    os.environ.update(added | request["env"])
+    wanted = added | request["env"]
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    os.environ.update({name: value for name, value in wanted.items() if os.environ.get(name) != value})
     time.tzset()
     _inherit(request["inherit"])
     os.chdir(request["cwd"])
@@ -273,6 +276,9 @@ def _import_path(
     return list(dict.fromkeys([*added, *base]))
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #0f3457c6
+_BACKEND = "module://matplotlib_inline.backend_inline"  # what a kernel has if nobody says otherwise
+
+
 def _reset_libraries(
     pools: list[Any],  # thread pools, of threadpoolctl
 ) -> None:
@@ -283,7 +289,7 @@ def _reset_libraries(
         matplotlib = sys.modules["matplotlib"]
         if os.path.exists("matplotlibrc"):
             matplotlib.rc_file("matplotlibrc")
-        backend = os.environ.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"
+        backend = os.environ.get("MPLBACKEND") or _BACKEND
         matplotlib.rcParams["backend"] = backend
     if "pandas" in sys.modules:  # in the parent it took itself to be in a terminal
         sys.modules["pandas"].set_option("display.max_columns", 20)
@@ -298,6 +304,16 @@ def _reset_libraries(
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #5cd92acf
 _LOADED: set[str] = set()  # names of the modules that the parent has imported
+_REHEARSED: dict[str, Any] = {}  # traits of the kernel application that the parent has prepared
+
+
+def _only_connection_file(app: Any, arguments: list[str]) -> None:
+    "What `app.parse_command_line` does with `-f FILE`, without a parser for the hundreds of options that are not there."
+    from traitlets.config import Config
+
+    app.cli_config = Config({"IPKernelApp": {"connection_file": arguments[1]}})
+    app.update_config(app.cli_config)
+    app.argv, app.extra_args = arguments, []
 
 
 def _run_kernel(
@@ -310,15 +326,15 @@ def _run_kernel(
 
     launcher = importlib.util.find_spec("ipykernel_launcher")
     sys.argv = [str(launcher and launcher.origin), *arguments]
-    app = IPKernelApp.instance(parent_handle=1)
+    app = IPKernelApp.instance(parent_handle=1, **_REHEARSED)
+    if arguments[:1] == ["-f"] and len(arguments) == 2:
+        app.parse_command_line = partial(_only_connection_file, app)
+    looking = (ipkernel, shellapp)  # through all modules, which writes to the pages of each
     try:
-        for module in (
-            ipkernel,
-            shellapp,
-        ):  # they look through all modules, which writes to the pages of each
+        for module in looking:
             vars(module)["sys"] = SimpleNamespace(**{**vars(sys), "modules": {}})
         app.initialize(arguments)
-        for module in (ipkernel, shellapp):
+        for module in looking:
             vars(module)["sys"] = sys
         _LOADED.update(islice(reversed(sys.modules), len(sys.modules) - len(_LOADED)))
         app.shell._sys_modules_keys = _LOADED  # what `%reset --aggressive` spares
@@ -406,6 +422,8 @@ def _preload(
             importlib.import_module(module)
         except BaseException as error:
             skipped[module] = f"{type(error).__name__}: {error}"
+        gc.collect()
+        gc.freeze()  # so that the next collection looks at what is new only
         if not _alone():
             return module
     return None
@@ -584,6 +602,46 @@ def _attend(
                     traceback.print_exc()
         parent.kill_overdue()
 
+# %% ../../nbs/04_flow/00_kernels.ipynb #3ad1c002
+def _rehearse() -> dict[str, Any]:  # traits for the application of each kernel
+    "Do what a kernel does when it starts and classes remember; no thread, no socket, no file."
+    try:
+        import zmq
+        from ipykernel.kernelapp import IPKernelApp
+    except ImportError:
+        return {}
+    app = IPKernelApp(parent_handle=1)
+    for kind in {*zmq.Context.mro(), *zmq.Socket.mro()}:
+        getattr(kind, "__annotations__", None)
+    for value in ("", 0, None, [], (), {}):  # as arguments of a line in a log
+        isinstance(value, Mapping)
+    if "matplotlib" in sys.modules:  # to check the name it goes through all installed packages
+        sys.modules["matplotlib"].rcParams["backend"] = _BACKEND
+    return {"log": app.log}
+
+# %% ../../nbs/04_flow/00_kernels.ipynb #3ad1c005
+_POOL = 1 << 14  # bytes that Python's allocator cuts into blocks of one size
+
+
+def _fill_holes() -> list[Any]:  # to be kept
+    "Objects that fill what was freed between others."
+    kept: list[Any] = []
+    for size in range(32, 513, 16):
+        whole = _POOL // size
+        for _ in range(3000):  # never more than so many, whatever the allocator does
+            once = repeat(size - 33, 4 * whole)
+            some = (
+                [1.0 / number for number in repeat(7.0, 4 * whole)] if size == 32 else list(map(bytes, once))
+            )
+            kept.append(some)
+            apart = [
+                0,
+                *(i for i, block in enumerate(map(id, some)) if i and block != id(some[i - 1]) + size),
+            ]
+            if max(map(sub, [*apart[1:], len(some)], apart)) > whole - 4:  # the head of a pool takes some
+                break
+    return kept
+
 # %% ../../nbs/04_flow/00_kernels.ipynb #57e029a0
 def _serve(
     job: str,  # JSON: see `_start_parent`
@@ -601,10 +659,13 @@ def _serve(
     pools: list[Any] = []
     with contextlib.suppress(ImportError):
         pools = importlib.import_module("threadpoolctl").ThreadpoolController().lib_controllers
+    _REHEARSED.update(_rehearse())
     _LOADED.update(sys.modules)
-    gc.freeze()
+    gc.collect()
     with contextlib.suppress(AttributeError):  # of glibc: what was freed goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
+    fill = _fill_holes()  # noqa: F841
+    gc.freeze()
     files, here = [folder / f"{key}.{kind}" for kind in ("sock", "log", "lock")], os.getpid()
     files[0].unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -40,6 +40,7 @@ from titanic_mlops.flow.records import (
     ClerkBooks,
     RestBooks,
     Tracker,
+    dismiss_clerk,
     git_commit,
     part_from_prefect,
     tell_prefect,
@@ -428,6 +429,7 @@ def run_pipeline(
         summary = _replay(config, settings, outlook, listener)
         if summary:
             return summary
+    dismiss_clerk()  # one that is forked does more, and takes no time from the libraries' import
     patience = _warm(settings)
     with prefect_api(settings) as api:
         tracker = Tracker(_import_ahead(ClerkBooks(settings, patience)), config.model_dump())

@@ -304,10 +304,9 @@ def inner_validate(
     plan = []
     for repeat, shuffle in enumerate(_seeds(seed, repeats)):
         outs = [out for _, out in ticket_folds(table[1], table[2], folds, shuffle)]
+        reach = folds if inner is None else max(inner // 2, 1)  # how far apart in the ring of folds
         for a, b in combinations(range(folds), 2):
-            if inner is not None and min(b - a, folds - b + a) > max(
-                inner // 2, 1
-            ):  # not neighbours in the ring
+            if min(b - a, folds - b + a) > reach:
                 continue
             fit_rows = np.setdiff1d(np.arange(len(passengers)), np.r_[outs[a], outs[b]])
             plan.append((repeat, shuffle, (a, b), fit_rows, [outs[b], outs[a]]))
