@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'PROBLEM_TYPE', 'SLOWEST', 'Receive', 'BUCKETS', 'SECURITY_HEADERS', 'Headers', 'Lean', 'Problem', 'shown',
-           'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'Metrics',
-           'metrics_page', 'State', 'Request', 'first_piece', 'take_body', 'as_problem', 'Front', 'pass_through']
+           'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'metrics_page',
+           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'as_problem', 'Front', 'pass_through']
 
 # %% ../../nbs/05_serve/02_http.ipynb #ca8a70c3
 import asyncio
@@ -310,6 +310,18 @@ class _Watched:
                 family.add_metric([] if of is None else [label], float(number))
             yield family
 
+# %% ../../nbs/05_serve/02_http.ipynb #3677427a
+def metrics_page(registry: Any, watched: Any) -> bytes:
+    "Counts of all workers, and the watched numbers of this one."
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = prometheus.CollectorRegistry()
+        MultiProcessCollector(registry)
+    looked = prometheus.CollectorRegistry()
+    looked.register(watched)
+    return prometheus.generate_latest(registry) + prometheus.generate_latest(looked)
+
 # %% ../../nbs/05_serve/02_http.ipynb #cd326ded
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 
@@ -363,18 +375,6 @@ class Metrics:
     def page(self) -> bytes:
         "All there is, in Prometheus' text format."
         return metrics_page(self.registry, self._watched)
-
-
-def metrics_page(registry: Any, watched: Any) -> bytes:
-    "Counts of all workers, and the watched numbers of this one."
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        from prometheus_client.multiprocess import MultiProcessCollector
-
-        registry = prometheus.CollectorRegistry()
-        MultiProcessCollector(registry)
-    looked = prometheus.CollectorRegistry()
-    looked.register(watched)
-    return prometheus.generate_latest(registry) + prometheus.generate_latest(looked)
 
 # %% ../../nbs/05_serve/02_http.ipynb #ba544858
 SECURITY_HEADERS: list[tuple[bytes, bytes]] = [
@@ -461,7 +461,7 @@ async def first_piece(receive: Receive, clock: _Clock, now: float) -> dict[str, 
     finally:
         clock.waiting.pop(task, None)
 
-
+# %% ../../nbs/05_serve/02_http.ipynb #dd1375f5
 async def take_body(request: Request, receive: Receive, clock: _Clock, limit: int) -> bytes:
     "The whole body of a request, the usual case first. Raises `Problem`."
     headers = request.headers
@@ -560,12 +560,12 @@ class Front:
 
     def admit(self, request: Request) -> None:
         "Ask the guard who this is. Raises `Problem`."
-        if self.state.guard is None:
-            return
-        for beginning, permission in self.scopes:
-            if request.path.startswith(beginning):
-                request.principal = self.state.guard.check(request.headers, permission, request.client)
-                return
+        if self.state.guard is not None and (permission := self.permission(request.path)):
+            request.principal = self.state.guard.check(request.headers, permission, request.client)
+
+    def permission(self, path: str) -> str:
+        "Which permission an address needs; empty: none."
+        return next((needed for beginning, needed in self.scopes if path.startswith(beginning)), "")
 
     def done(self, request: Request, route: str, status: int, size: int) -> None:
         "Count the answer, and write it down."
