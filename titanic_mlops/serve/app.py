@@ -21,6 +21,7 @@ from starlette.responses import Response
 from ..data.targets import problems, request_model
 from ..ground.settings import Settings
 from .fastpath import FastModel
+from .models import Models, measure, model_router
 from titanic_mlops.serve.http import (
     Front,
     Headers,
@@ -43,6 +44,7 @@ class OneServed:
     version: str = "0"
     override: str = ""  # caution: it serves against the gate's word
     source: str = ""
+    kind: str = "champion"
     headers: Headers = field(default_factory=list)
 
     @property
@@ -65,6 +67,13 @@ class OneModel:
     def pick(self, key: bytes) -> OneServed:
         "The model for a request."
         return self.champion
+
+    def failed(self, served: OneServed) -> OneServed:
+        "There is nobody else to ask."
+        raise
+
+    def after(self, *facts: Any) -> None:
+        "Nobody else wants to know."
 
     def state(self) -> dict[str, Any]:
         "What `/readyz` says."
@@ -182,13 +191,19 @@ class Predict:
         if body.count(b":") != len(passenger.__pydantic_fields_set__):
             strict_json(body, self.state.limits.depth)
         inputs, id = passenger.__dict__, request.id
-        served = self._models.pick(request.headers.get(b"x-request-key") or id.encode())
-        probability = served.model.one(inputs)
+        key = request.headers.get(b"x-request-key") or id.encode()
+        served = self._models.pick(key)
+        try:
+            probability = served.model.one(inputs)
+        except Exception:
+            served = self._models.failed(served)  # a canary's failure is not the client's
+            probability = served.model.one(inputs)
         text = self.texts.of(served)
         survives = probability >= text.threshold
         if self._log is not None:
-            self._log.append(id, time.time_ns(), served, inputs, probability)
-        self._metrics.predicted(text.version, "champion", survives)
+            self._log.append(id, time.time_ns(), served, inputs, probability, served.kind)
+        self._metrics.predicted(text.version, served.kind, survives)
+        self._models.after(served, inputs, probability, id)
         middle = text.yes if survives else text.no
         return 200, text.headers, b'{"probability":%a%b%b"}' % (probability, middle, id.encode())
 
@@ -220,6 +235,7 @@ def health_router(state: State) -> fastapi.APIRouter:
 SCOPES = {
     "/v1/predict": "predict",
     "/v1/model": "predict",
+    "/v1/model/rollback": "admin",
     "/v1/explain": "explain",
     "/v1/similar": "explain",
     "/v1/outcomes": "outcomes",
@@ -241,6 +257,9 @@ def create_app(
     app = fastapi.FastAPI(title="titanic_mlops", docs_url=None, redoc_url=None)
     app.state.state = state
     app.include_router(health_router(state))
+    if isinstance(models, Models):
+        app.include_router(model_router(state))
+        measure(models, state.metrics.watch)
     predict = Predict(state)
 
     @app.post("/v1/predict")
