@@ -703,27 +703,19 @@ def test_a_server_imports_nothing_of_the_pipeline(tmp_path: Path, bundles: dict[
 # --- shadow and canary
 
 
-def test_a_canary_that_errs_never_fails_a_client(bundles: dict[str, Path], tmp_path: Path):
-    class Broken:
-        threshold, contract_version = 0.5, "1"
+def loaded(bundle: Path, kind: str = "champion") -> Any:
+    return admit(bundle, FolderOrigin(bundle).look(), kind, [])
 
-        def one(self, passenger: Any) -> float:
-            raise ValueError("no")
 
-    low = admit(bundles["low"], FolderOrigin(bundles["low"]).look(), trusted=[])
-    from dataclasses import replace
+def test_a_canary_that_errs_never_fails_a_client(bundles: dict[str, Path]):
+    def fail(passenger: Any) -> float:
+        raise ValueError("no")
 
-    models = Models(
-        share=1.0, say=(said := []).append and (lambda event, *_, **facts: said.append((event, facts)))
-    )
-    models.install(low)
-    models.install(
-        replace(
-            admit(bundles["high"], FolderOrigin(bundles["high"]).look(), "canary", []),
-            model=_Erring(bundles["high"]),
-        )
-    )
-    answers = []
+    models, canary = Models(share=1.0), loaded(bundles["high"], "canary")
+    canary.model.one = fail
+    models.install(loaded(bundles["low"]))
+    models.install(canary)
+    answers = set()
     for number in range(10):
         served = models.pick(b"%d" % number)
         try:
@@ -731,26 +723,43 @@ def test_a_canary_that_errs_never_fails_a_client(bundles: dict[str, Path], tmp_p
         except ValueError:
             served = models.failed(served)
             probability = served.model.one(PASSENGER)
-        answers.append((served.version, probability))
-        time.sleep(0.01)
+        answers.add((served.digest, probability))
     models.close()
-    assert set(answers) == {(low.version, 0.25)}
+    assert answers == {(digest_of(bundles["low"]), 0.25)}
     assert models.canary is None and "failed on" in models.abandoned["why"]
 
 
-def _Erring(bundle: Path) -> Any:
-    model = admit(bundle, FolderOrigin(bundle).look(), trusted=[]).model
-
-    def one(passenger: Any) -> float:
-        raise ValueError("no")
-
-    model.one = one
-    return model
+def test_a_canary_that_disagrees_is_abandoned_by_all_workers(tmp_path: Path, bundles: dict[str, Path]):
+    canary = ("--canary", str(bundles["high"]), "--share", "0.5")
+    low, high = digest_of(bundles["low"]), digest_of(bundles["high"])
+    with titanic_serve(
+        tmp_path / "store", "--bundle", str(bundles["low"]), "--workers", "2", *canary
+    ) as serving:
+        serving.until(lambda: len(serving.events("model swapped")) == 4)
+        same = {serving.ask(**{"x-request-key": "me"})[1]["bundle_digest"] for _ in range(2)}
+        assert len(same) == 1  # whichever worker answers
+        seen: set[str] = set()
+        for number in range(400):
+            status, said, _ = serving.ask(**{"x-request-key": f"customer-{number}"})
+            assert status == 200
+            seen.add(said["bundle_digest"])
+            if len(serving.events("canary abandoned")) == 2:
+                break
+        assert seen == {low, high}
+        assert "disagreed with the champion" in serving.events("canary abandoned")[0]["why"]
+        assert "was abandoned" in str(serving.state()["degraded"])
+        answers = {serving.ask(**{"x-request-key": f"customer-{n}"})[1]["bundle_digest"] for n in range(40)}
+        assert answers == {low}
+        os.kill(serving.workers()[0], signal.SIGKILL)  # who comes new does not bring it back
+        serving.until(lambda: len(serving.events("model swapped")) == 5)
+        assert {serving.ask(**{"x-request-key": f"customer-{n}"})[1]["bundle_digest"] for n in range(40)} == {
+            low
+        }
 
 
 def test_the_champion_s_errors_are_the_champion_s(bundles: dict[str, Path]):
     models = Models()
-    models.install(admit(bundles["low"], FolderOrigin(bundles["low"]).look(), trusted=[]))
+    models.install(loaded(bundles["low"]))
     with pytest.raises(ZeroDivisionError):
         try:
             _ = 1 / 0
@@ -760,8 +769,8 @@ def test_the_champion_s_errors_are_the_champion_s(bundles: dict[str, Path]):
 
 def test_who_asks_the_shadow_never_waits(bundles: dict[str, Path]):
     models = Models()
-    models.install(admit(bundles["low"], FolderOrigin(bundles["low"]).look(), trusted=[]))
-    shadow = admit(bundles["high"], FolderOrigin(bundles["high"]).look(), "shadow", [])
+    models.install(loaded(bundles["low"]))
+    shadow = loaded(bundles["high"], "shadow")
     gate = threading.Event()
     shadow.model.one = lambda passenger: gate.wait(30) and 0.0  # a shadow that hangs
     models.install(shadow)
@@ -775,40 +784,54 @@ def test_who_asks_the_shadow_never_waits(bundles: dict[str, Path]):
 # --- a real MLflow server
 
 
+def mlflow_says(url: str, what: str, body: dict[str, Any], method: str = "POST") -> None:
+    "One request to MLflow's REST API, for what its client does when a model is registered."
+    line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    with contextlib.closing(line):
+        headers = {"content-type": "application/json"}
+        line.request(method, f"/api/2.0/mlflow/{what}", json.dumps(body), headers)
+        answer = line.getresponse()
+        assert answer.status == 200, answer.read()
+
+
+def mlflow_keeps(url: str, place: str, bundle: Path) -> None:
+    "Have an MLflow server keep a bundle's files."
+    for file in bundle.iterdir():
+        line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        with contextlib.closing(line):
+            path = f"/api/2.0/mlflow-artifacts/artifacts/{place}/data/bundle/{file.name}"
+            line.request("PUT", path, file.read_bytes())
+            assert line.getresponse().status == 200
+
+
 @pytest.mark.long
 def test_a_server_follows_a_real_mlflow_server(tmp_path: Path, bundles: dict[str, Path]):
     from test_sources import free_port, process
 
-    from titanic_mlops.model.bundle import Bundle
-    from titanic_mlops.model.registry import Registry as Real
-
     port = free_port()
     command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path / 'db.sqlite'}",
-        "--artifacts-destination",
-        str(tmp_path / "art"),
-    ]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'db.sqlite'}"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    point = lambda number: {"name": "titanic", "alias": "champion", "version": number}
     with process(command, port) as url:
-        own = settings(store=tmp_path / "store", mlflow_uri=url)
-        real = Real(own)
-        experiment = real.client.get_experiment_by_name(own.mlflow_experiment).experiment_id
-        versions = []
+        mlflow_says(url, "registered-models/create", {"name": "titanic"})
         for name in ("low", "high"):
-            run = real.client.create_run(experiment)
-            versions.append(real.register(Bundle(bundles[name], []), run.info.run_id))
-        first, second = versions
-        real.promote(first, None, "", "first", by="smith", override=True)
-        with titanic_serve(tmp_path / "serving" / "store", TITANIC_MLFLOW_URI=url) as serving:
+            mlflow_keeps(url, f"1/{name}/model", bundles[name])
+            tags = [{"key": "bundle_digest", "value": digest_of(bundles[name])}]
+            tags += [{"key": "override", "value": "by ismay: faster"}] if name == "high" else []
+            version = {"name": "titanic", "source": f"mlflow-artifacts:/1/{name}/model", "tags": tags}
+            mlflow_says(url, "model-versions/create", version)
+        mlflow_says(url, "registered-models/alias", point("1"))
+        with titanic_serve(tmp_path / "store", TITANIC_MLFLOW_URI=url) as serving:
             assert serving.ask()[2]["x-model-version"] == "1"
-            assert "smith" in serving.state()["champion"]["override"]
-            real.promote(second, first, "better", "it is", by="smith", override=True)
+            mlflow_says(url, "registered-models/alias", point("2"))
             serving.until(lambda: serving.ask()[2]["x-model-version"] == "2")
-            real.rollback(reason="it was not")
+            assert serving.state()["champion"]["override"] == "by ismay: faster"
+            mlflow_says(url, "registered-models/alias", point("1"))
             serving.until(lambda: serving.ask()[2]["x-model-version"] == "1")
             assert serving.ask()[1]["probability"] == pytest.approx(0.25)
-            assert serving.state()["degraded"] == []
+            mlflow_says(url, "registered-models/alias", {"name": "titanic", "alias": "champion"}, "DELETE")
+            serving.until(lambda: "no version with the alias champion" in str(serving.state()["degraded"]))
 
 
 def test_registry_errors_name_what_to_do():

@@ -39,6 +39,8 @@ def bind(
 ) -> socket.socket:
     "A socket at an address; nobody listens yet. Raises `SettingsError`, which says what to do."
     where = f"{host}:{port}"
+    if not 0 <= port < 65536:
+        raise SettingsError("no such port", where=where, rule="from 0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -46,8 +48,6 @@ def bind(
         listener.bind(address)
     except socket.gaierror:
         raise SettingsError("no such host", where=where, do="--host 127.0.0.1, or 0.0.0.0 for all") from None
-    except OverflowError:
-        raise SettingsError("no such port", where=where, rule="from 0 to 65535") from None
     except OSError as error:
         what, do = {
             errno.EADDRINUSE: (
