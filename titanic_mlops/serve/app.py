@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from ..data.targets import problems, request_model
 from ..ground.settings import Settings
-from .fastpath import FastModel
+from .fastpath import FastModel, Together
 from titanic_mlops.serve.http import (
     Front,
     Headers,
@@ -167,11 +167,11 @@ class Predict:
     "`POST /v1/predict`, lean: a request in, status, headers and bytes out."
 
     def __init__(self, state: State):
-        self.state, self.texts = state, Texts()
+        self.state, self.texts, self._together = state, Texts(), Together()
         self._validate = request_model().__pydantic_validator__.validate_json
         self._models, self._log, self._metrics = state.models, state.log, state.metrics
 
-    def __call__(self, request: Request) -> tuple[int, Headers, bytes]:
+    async def __call__(self, request: Request) -> tuple[int, Headers, bytes]:
         body = request.body
         if request.headers.get(b"content-type") != b"application/json":
             require_type(request.headers, "application/json")
@@ -183,7 +183,7 @@ class Predict:
             strict_json(body, self.state.limits.depth)
         inputs, id = passenger.__dict__, request.id
         served = self._models.pick(request.headers.get(b"x-request-key") or id.encode())
-        probability = served.model.one(inputs)
+        probability = await self._together.one(served.model, inputs, request.gap)
         text = self.texts.of(served)
         survives = probability >= text.threshold
         if self._log is not None:
@@ -249,7 +249,7 @@ def create_app(
         raise NotImplementedError
 
     async def on_error(request: fastapi.Request, error: Exception) -> Response:
-        status, headers, body = as_problem(error, request.scope.get("request_id", ""))
+        status, headers, body = as_problem(error, request.scope["request"].id)
         return Response(body, status, {k.decode(): v.decode() for k, v in headers})
 
     app.add_exception_handler(HTTPException, on_error)
