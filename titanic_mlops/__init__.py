@@ -14,6 +14,7 @@ MODULES = {
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
     **dict.fromkeys(("fastpath", "http", "app"), "serve"),
+    **dict.fromkeys(("predictions", "segments", "record"), "serve"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
     **dict.fromkeys(("registry_commands", "document_commands"), "face"),
 }
