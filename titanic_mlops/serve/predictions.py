@@ -108,17 +108,17 @@ def _facts(served: Served) -> list[str]:
     contract = getattr(getattr(served, "model", served), "contract_version", CONTRACT_VERSION)
     return [str(served.version), str(served.digest), str(contract), str(getattr(served, "override", ""))]
 
-# %% ../../nbs/05_serve/04_predictions.ipynb #c301ea30
+# %% ../../nbs/05_serve/04_predictions.ipynb #aae1834e
 class Encoder:
     "Answers as frames, redacted."
 
-    def __init__(self, redact: Mapping[str, Callable[[Any], Any] | None]):
+    def __init__(self, redact: Mapping[str, Callable[[Any], Any] | None], said: str = ""):
         self.fields = [name for name in ASKED if redact.get(name, str) is not None]
         start = len(_PLACES)
         self._changes = [
             (start + i, change) for i, name in enumerate(self.fields) if (change := redact.get(name))
         ]
-        self.about = {"fields": [*_PLACES, *self.fields], "redacted": sorted(redact)}
+        self.about = {"fields": [*_PLACES, *self.fields], "redacted": said}
         self.failed = 0  # answers whose inputs could not be encoded, and are recorded without them
 
     def frame(self, answers: Sequence[Answer], first: int) -> bytes:
@@ -186,7 +186,7 @@ class _Encoding:
             limit -= size
             time.sleep(0.0001)  # whoever waits for Python's lock has it now
 
-# %% ../../nbs/05_serve/04_predictions.ipynb #3076dd2f
+# %% ../../nbs/05_serve/04_predictions.ipynb #5be18d5c
 class _Pipe(_Encoding):
     "From the queue to the disk."
 
@@ -200,17 +200,22 @@ class _Pipe(_Encoding):
     def write(self) -> bool:  # whether all is written
         "Write what is encoded; what can't be written is kept, and tried again."
         while self._waiting:
-            size = sum(part[1] for part in self._waiting)
-            try:
-                self.writer.append(b"".join(part[0] for part in self._waiting), size)
-            except OSError as error:
-                return self._failed(error)
-            self._waiting.clear()
+            for parts in ([*self._waiting], [self._waiting[0]]):  # all at once, or at least the first frame
+                size = sum(part[1] for part in parts)
+                try:
+                    self.writer.append(b"".join(part[0] for part in parts), size)
+                    break
+                except OSError as error:
+                    failure = error
+            else:
+                return self._failed(failure)
+            for _ in parts:
+                self._waiting.popleft()
             self.behind -= size
             self._dirty = True
             if self.failing:
                 self.failing = ""
-                self.say("prediction log: writes again", waiting=len(self.queue))
+                self.say("prediction log: writes again", waiting=self.behind + len(self.queue))
         return True
 
     def _failed(self, error: OSError) -> bool:
@@ -494,7 +499,7 @@ class _Living(_Ending):
             pass
         self._end()
 
-# %% ../../nbs/05_serve/04_predictions.ipynb #e118c46d
+# %% ../../nbs/05_serve/04_predictions.ipynb #20df07b3
 class PredictionLog(_Living):
     "The record of one worker's answers. Make it in the worker's process: it has a thread."
 
@@ -514,7 +519,7 @@ class PredictionLog(_Living):
         say: Say = say_to_stderr,
     ):
         folder = Path(folder)
-        encoder = Encoder(_redaction(redact, salt))
+        encoder = Encoder(_redaction(redact, salt), redact)
         writer = SegmentWriter(folder / ANSWERS, encoder.about, rotate_bytes, rotate_seconds)
         pipe = _Pipe(encoder, writer, sync_seconds, say)
         super().__init__(share, queue, when_full, pipe, folder)
@@ -547,7 +552,7 @@ class PredictionLog(_Living):
         "Why nothing can be written; empty: all is well."
         return self._pipe.failing
 
-# %% ../../nbs/05_serve/04_predictions.ipynb #01dfb784
+# %% ../../nbs/05_serve/04_predictions.ipynb #c153669c
 def open_prediction_log(
     settings: Settings,
     say: Say = say_to_stderr,  # where to say what was lost
@@ -571,7 +576,7 @@ def open_prediction_log(
 
 def prediction_folder(settings: Settings) -> Path:
     "Where the prediction log is."
-    return Path(settings.predictions or settings.store / "predictions")
+    return Path(settings.predictions_folder or settings.store / "predictions")
 
 # %% ../../nbs/05_serve/04_predictions.ipynb #8fe340be
 MOST_OUTCOMES = 10_000  # in one request

@@ -6,7 +6,7 @@
 __all__ = ['ANSWERS', 'OUTCOMES', 'ASKED', 'MODEL', 'ROW_GROUP', 'SAID', 'Cursor', 'schema_of', 'segment_batches', 'parquet_of',
            'tidy', 'Reading', 'read_log', 'find', 'joined']
 
-# %% ../../nbs/05_serve/17_record.ipynb #92c9ba18
+# %% ../../nbs/05_serve/17_record.ipynb #c2a1f16e
 import fcntl
 import json
 import os
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.contract import columns as contract_columns
 from ..ground.errors import ParameterError, nearest
-from .segments import BEGIN, ROWS, SegmentName, Tally, flush_folder, frames
+from .segments import BEGIN, END, ROWS, SegmentName, Tally, flush_folder, frames
 
 if TYPE_CHECKING:  # the serving process must not import it
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-# %% ../../nbs/05_serve/17_record.ipynb #d2cf3ffd
+# %% ../../nbs/05_serve/17_record.ipynb #7d58bb8e
 ANSWERS, OUTCOMES = "answers", "outcomes"  # the two streams
 ASKED = tuple(  # columns of a passenger that a request may hold: not what became of him
     column.name for column in contract_columns() if column.role in ("feature", "label")
@@ -42,6 +42,7 @@ _ANSWER = {
     "kind": "word",  # champion, canary, shadow
     "arm": "word",
     "key": "string",  # by which the arm was chosen
+    "redacted": "word",  # what is not here as it was sent, and why: `name=title`
 }
 _OUTCOME = {"number": "int64", "time": "time", "request_id": "string", "survived": "int8"}
 
@@ -71,7 +72,7 @@ def schema_of(
                 fields.append((column.name, word if few else kinds[column.kind]))
     return pa.schema([*fields, ("writer", word)])
 
-# %% ../../nbs/05_serve/17_record.ipynb #a8648688
+# %% ../../nbs/05_serve/17_record.ipynb #9777c7a3
 MODEL = ("model_version", "bundle_digest", "contract_version", "override")
 
 
@@ -99,7 +100,7 @@ def _fitting(values: Sequence[Any], kind: "pa.DataType", tally: Tally) -> "pa.Ar
 
 
 def _batch(
-    stream: str, rows: Sequence[Sequence[Any]], fields: Sequence[str], writer: str, tally: Tally
+    stream: str, rows: Sequence[Sequence[Any]], fields: Sequence[str], same: Mapping[str, str], tally: Tally
 ) -> "pa.RecordBatch":
     "Rows of a segment as columns of its stream."
     import pyarrow as pa
@@ -111,12 +112,12 @@ def _batch(
         models = given.pop("model")
         for i, name in enumerate(MODEL):
             given[name] = [model[i] for model in models]
-    given["writer"] = [writer] * len(rows)
+    given |= {name: [value] * len(rows) for name, value in same.items()}  # for all of the segment
     nothing = [None] * len(rows)
     arrays = [_fitting(given.get(field.name, nothing), field.type, tally) for field in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-# %% ../../nbs/05_serve/17_record.ipynb #0f8f7246
+# %% ../../nbs/05_serve/17_record.ipynb #bda3965e
 ROW_GROUP = 1 << 16  # rows that are in memory at a time
 
 
@@ -129,11 +130,15 @@ def segment_batches(
     "The records of a segment, in their order, some ten thousand at a time."
     name = SegmentName.of(path.stem)
     fields: list[str] = []
-    rows: list[Sequence[Any]] = []
+    redacted, rows = "", list[Sequence[Any]]()
+    ended = path.suffix == ".open"
     with path.open("rb") as file:
         for found in frames(file, tally, after):
             if found.kind == BEGIN:
-                fields = json.loads(found.content)["fields"]
+                about = json.loads(found.content)
+                fields, redacted = about["fields"], about.get("redacted", "")
+            elif found.kind == END:
+                ended = True
             elif found.kind == ROWS and not fields:  # its first frame is damaged: nobody knows what they mean
                 tally.missing += found.count
             elif found.kind == ROWS:
@@ -146,11 +151,12 @@ def segment_batches(
                         rows.append(row)
             if len(rows) >= ROW_GROUP:
                 tally.records += len(rows)
-                yield _batch(stream, rows, fields, name.writer, tally)
+                yield _batch(stream, rows, fields, {"writer": name.writer, "redacted": redacted}, tally)
                 rows = []
+    tally.unended += not ended
     if rows:
         tally.records += len(rows)
-        yield _batch(stream, rows, fields, name.writer, tally)
+        yield _batch(stream, rows, fields, {"writer": name.writer, "redacted": redacted}, tally)
 
 # %% ../../nbs/05_serve/17_record.ipynb #fb4454ec
 SAID = b"titanic"  # key in the Parquet metadata
@@ -188,7 +194,7 @@ def _to_parquet(segment: Path, stream: str, target: Path) -> Tally:
     flush_folder(target.parent.parent)
     return tally
 
-# %% ../../nbs/05_serve/17_record.ipynb #8c0ab499
+# %% ../../nbs/05_serve/17_record.ipynb #58aa92aa
 def _tidy_stream(folder: Path, stream: str) -> Tally:
     "Make Parquet of a stream's closed segments."
     done = Tally()
@@ -197,7 +203,7 @@ def _tidy_stream(folder: Path, stream: str) -> Tally:
         if not target.exists():
             tally = _to_parquet(segment, stream, target)
             done.add(tally)
-            if tally.damaged_bytes or tally.torn_bytes or tally.missing:
+            if tally.damaged_bytes or tally.torn_bytes or tally.missing or tally.unended:
                 (folder / "_damaged").mkdir(exist_ok=True)
                 os.rename(segment, folder / "_damaged" / segment.name)
         segment.unlink(missing_ok=True)
