@@ -52,7 +52,7 @@ class _IniSource(PydanticBaseSettingsSource):
                 raise SettingsError(
                     f"unknown setting {name!r}", where=f"{file}, [{SECTION}]", do=nearest(name, known)
                 )
-        for name in ("store", "signing_key", "auth_keys"):
+        for name in ("store", "signing_key", "auth_keys", "predictions_folder"):
             if values.get(name) and not Path(values[name]).is_absolute():
                 values[name] = str(file.parent / values[name])
         return values
@@ -75,6 +75,43 @@ class _LimitSettings(BaseSettings):
     serve_cors: Annotated[
         str, Field(description="origins whose pages may ask, comma between; empty: only our own")
     ] = ""
+
+# %% ../../nbs/01_ground/02_settings.ipynb #c4a1b7e1
+class _PredictionSettings(BaseSettings):
+    "What is recorded of the server's answers."
+
+    predictions_folder: Annotated[
+        str, Field(description="folder of the prediction log; empty: `predictions` in the store")
+    ] = ""
+    predictions_share: Annotated[
+        float, Field(ge=0, le=1, description="share of the requests that is recorded; 0: none")
+    ] = 1
+    predictions_redact: Annotated[
+        str,
+        Field(description="what is not recorded as it is: `field=drop`, `hash` or `title`, comma between"),
+    ] = "name=title"
+    predictions_salt: Annotated[
+        str, Field(description="secret key of hashed fields; only in the environment", repr=False)
+    ] = ""
+    predictions_queue: Annotated[
+        int, Field(ge=1, le=1_000_000, description="answers that may wait in memory to be recorded")
+    ] = 20_000
+    predictions_when_full: Annotated[
+        str,
+        Field(
+            pattern="^(drop|refuse)$",
+            description="drop: answer without a record; refuse: 503, no answer without a record",
+        ),
+    ] = "drop"
+    predictions_sync_seconds: Annotated[
+        float, Field(gt=0, le=60, description="seconds from one flush of the prediction log to the next")
+    ] = 0.5
+    predictions_rotate_mb: Annotated[
+        int, Field(ge=1, le=4096, description="megabytes after which a segment becomes Parquet")
+    ] = 64
+    predictions_rotate_seconds: Annotated[
+        float, Field(gt=0, description="seconds after which a segment becomes Parquet")
+    ] = 3600
 
 # %% ../../nbs/01_ground/02_settings.ipynb #5ec5e771
 class _GuardSettings(BaseSettings):
@@ -114,7 +151,7 @@ class _AccessSettings(BaseSettings):
     ] = 1.0
 
 # %% ../../nbs/01_ground/02_settings.ipynb #ac178da1
-class Settings(_LimitSettings, _GuardSettings, _AccessSettings):
+class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSettings):
     "Where things run and are kept. Raises `SettingsError` through `settings()`."
 
     model_config = SettingsConfigDict(env_prefix="TITANIC_", extra="forbid", frozen=True)
