@@ -11,6 +11,8 @@ MODULES = {
     **dict.fromkeys(("strategies", "contract_versions"), "data"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
     **dict.fromkeys(("fairness", "robustness", "conditions", "selftest", "ledger", "lineage", "cards"), "model"),
+    **dict.fromkeys(("background",), "model"),
+    **dict.fromkeys(("explain", "page"), "serve"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
     **dict.fromkeys(("fastpath", "http", "predict", "bulk", "app", "origins", "models"), "serve"),
