@@ -2200,6 +2200,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'titanic_mlops/serve/http.py'),
                                           'titanic_mlops.serve.http.request_id': ( '05_serve/http.html#request_id',
                                                                                    'titanic_mlops/serve/http.py'),
+                                          'titanic_mlops.serve.http.say_failure': ( '05_serve/http.html#say_failure',
+                                                                                    'titanic_mlops/serve/http.py'),
                                           'titanic_mlops.serve.http.shown': ('05_serve/http.html#shown', 'titanic_mlops/serve/http.py'),
                                           'titanic_mlops.serve.http.strict_json': ( '05_serve/http.html#strict_json',
                                                                                     'titanic_mlops/serve/http.py'),

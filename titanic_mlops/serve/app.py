@@ -37,7 +37,7 @@ from titanic_mlops.serve.http import (
 )
 from .models import Models, measure, model_router
 from .page import page_router
-from .predict import OneModel, Predict, Prediction
+from .predict import Predict, Prediction
 from .predictions import open_prediction_log, outcomes_router
 from .protocols import inference_router, mlflow_router
 from .security import OpenGuard, open_guard
@@ -318,6 +318,10 @@ def answer_errors(app: fastapi.FastAPI) -> None:
         status, headers, body = as_problem(problem, asked.id if asked else "")
         return Response(body, status, {name.decode(): value.decode("latin-1") for name, value in headers})
 
+    async def leave_it(request: fastapi.Request, error: Exception) -> Response:
+        raise error  # else Starlette answers in plain text; `Front` does it as for all others
+
+    app.add_exception_handler(Exception, leave_it)
     app.add_exception_handler(HTTPException, on_error)
     app.add_exception_handler(RequestValidationError, on_error)
 
