@@ -38,8 +38,9 @@ def app_of(bundle, guard=None, caution: str = ""):
     "The app of one model."
     from dataclasses import replace
 
-    from titanic_mlops.serve.app import OneModel, create_app
+    from titanic_mlops.serve.app import create_app
     from titanic_mlops.serve.fastpath import FastModel
+    from titanic_mlops.serve.predict import OneModel
 
     models = OneModel(FastModel(bundle), "7")
     models.champion = replace(models.champion, override=caution)

@@ -27,6 +27,7 @@ from ..data.targets import REQUEST_ROLES, json_schema, request_model
 from ..ground.errors import BundleError
 from ..model.background import Background
 from .http import Problem, State, strict_json
+from .predict import refusal, require_type
 
 # %% ../../nbs/05_serve/05_explain.ipynb #eb6a0e04
 @cache
@@ -496,8 +497,6 @@ class Explainers:
 # %% ../../nbs/05_serve/05_explain.ipynb #d20a49f1
 def _taken(body: bytes, headers: Mapping[str, str], depth: int) -> dict[str, Any]:
     "The passenger in a body. Raises `Problem` as `/v1/predict` does."
-    from titanic_mlops.serve.app import refusal, require_type  # which mounts this router
-
     require_type(
         {name.lower().encode(): value.encode("latin-1") for name, value in headers.items()},
         "application/json",
