@@ -52,7 +52,7 @@ class _IniSource(PydanticBaseSettingsSource):
                 raise SettingsError(
                     f"unknown setting {name!r}", where=f"{file}, [{SECTION}]", do=nearest(name, known)
                 )
-        for name in ("store", "signing_key", "predictions_folder"):
+        for name in ("store", "signing_key", "auth_keys", "predictions_folder"):
             if values.get(name) and not Path(values[name]).is_absolute():
                 values[name] = str(file.parent / values[name])
         return values
@@ -113,8 +113,45 @@ class _PredictionSettings(BaseSettings):
         float, Field(gt=0, description="seconds after which a segment becomes Parquet")
     ] = 3600
 
+# %% ../../nbs/01_ground/02_settings.ipynb #5ec5e771
+class _GuardSettings(BaseSettings):
+    "Who may ask the server, and how often."
+
+    auth_keys: Annotated[str, Field(description="file of the API keys; empty: keys.json in the store")] = ""
+    auth_issuer: Annotated[str, Field(description="OIDC issuer of accepted tokens; empty: no tokens")] = ""
+    auth_audience: Annotated[str, Field(description="audience that a token must name")] = ""
+    auth_jwks: Annotated[
+        str, Field(description="the issuer's public keys, address or file; empty: by OIDC discovery")
+    ] = ""
+    auth_leeway: Annotated[int, Field(ge=0, le=300, description="seconds that clocks may differ")] = 30
+    auth_failures: Annotated[
+        int, Field(ge=1, description="wrong credentials a minute that one client may send")
+    ] = 30
+    rate_limit: Annotated[
+        float, Field(ge=0, description="requests a second of one principal to one worker; 0: no limit")
+    ] = 1000
+    rate_burst: Annotated[int, Field(ge=1, description="requests that may come at once")] = 2000
+
+
+class _AccessSettings(BaseSettings):
+    "What the server writes of each request."
+
+    access_log: Annotated[str, Field(description="file of the access log; -: stdout, empty: none")] = "-"
+    access_sample: Annotated[
+        float, Field(ge=0, le=1, description="share of successful requests that is logged; errors always are")
+    ] = 1.0
+    access_project: Annotated[
+        str, Field(pattern="^[a-z0-9:.-]*$", description="Google Cloud project of the traces in log lines")
+    ] = ""
+    trace_endpoint: Annotated[
+        str, Field(description="OTLP/HTTP address that traces are sent to; empty: no traces")
+    ] = ""
+    trace_sample: Annotated[
+        float, Field(ge=0, le=1, description="share of requests traced, where the caller has not decided")
+    ] = 1.0
+
 # %% ../../nbs/01_ground/02_settings.ipynb #ac178da1
-class Settings(_LimitSettings, _PredictionSettings):
+class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSettings):
     "Where things run and are kept. Raises `SettingsError` through `settings()`."
 
     model_config = SettingsConfigDict(env_prefix="TITANIC_", extra="forbid", frozen=True)
