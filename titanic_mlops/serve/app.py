@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CARD', 'SCOPES', 'ABOUT', 'health_router', 'predict_router', 'model_info_router', 'openapi_of', 'documentation_page',
-           'documentation_router', 'request_problem', 'answer_errors', 'routers', 'create_app']
+           'documentation_router', 'request_problem', 'answer_errors', 'routers', 'watch', 'create_app', 'open_app']
 
 # %% ../../nbs/05_serve/08_app.ipynb #56cacd0a
 import html
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from starlette.responses import Response
 
 from ..data.targets import openapi_components
 from ..ground.settings import Settings
-from .bulk import BatchPrediction, answer_batch, batch_documentation
+from .access import open_access
+from .bulk import ARRAY_BYTES, BatchPrediction, answer_batch, batch_documentation
+from .explain import explain_router
 from titanic_mlops.serve.http import (
     PROBLEMS,
     Front,
@@ -32,7 +35,12 @@ from titanic_mlops.serve.http import (
     as_problem,
     field_error,
 )
+from .models import Models, measure, model_router
+from .page import page_router
 from .predict import OneModel, Predict, Prediction
+from .predictions import open_prediction_log, outcomes_router
+from .protocols import inference_router, mlflow_router
+from .security import OpenGuard, open_guard
 
 # %% ../../nbs/05_serve/08_app.ipynb #4f9fb965
 def health_router(state: State) -> fastapi.APIRouter:
@@ -47,7 +55,12 @@ def health_router(state: State) -> fastapi.APIRouter:
     @router.get("/readyz", responses={503: {"description": "There is no model, or the worker is leaving"}})
     async def readyz() -> Response:
         "There is a model, and which."
-        said = state.models.state()
+        said = {**state.models.state()}
+        trouble = {"record": getattr(state.log, "failing", ""), "keys": getattr(state.guard, "trouble", "")}
+        said["degraded"] = [
+            *said.get("degraded", []),
+            *(f"{name}: {why}" for name, why in trouble.items() if why),
+        ]
         return Response(json.dumps(said), 200 if said["ready"] else 503, media_type="application/json")
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -159,7 +172,7 @@ def _may_answer(operation: Mapping[str, Any], permission: str) -> list[int]:  # 
     return statuses + ([503] if "requestBody" in operation else [])
 
 
-def openapi_of(app: fastapi.FastAPI, permission_of: Callable[[str], str], guarded: bool) -> dict[str, Any]:
+def openapi_of(app: fastapi.FastAPI, permission_of: Callable[[str], str], guard: Any) -> dict[str, Any]:
     "The OpenAPI document of the app."
     from fastapi.openapi.utils import get_openapi
 
@@ -169,19 +182,20 @@ def openapi_of(app: fastapi.FastAPI, permission_of: Callable[[str], str], guarde
     parts.pop("HTTPValidationError", None), parts.pop("ValidationError", None)
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     titles = {status: title for _, (status, title) in reversed(PROBLEMS.items())}
+    needs_key = guard is not None and not isinstance(guard, OpenGuard)
     for path, operations in said["paths"].items():
-        permission = permission_of(path)
+        permission = permission_of(path) if guard is not None else ""
         for operation in operations.values():
             answers = operation["responses"]
-            for status in _may_answer(operation, permission if guarded else ""):
+            for status in _may_answer(operation, permission):
                 if str(status) not in answers or status == 422:
                     answers[str(status)] = {"description": titles[status], "content": problem}
-            if permission and guarded:
+            if permission and needs_key:
                 operation["security"] = [{"key": []}]
                 operation["description"] = (
                     f"{operation.get('description', '')}\n\nNeeds `{permission}`.".strip()
                 )
-    if guarded:
+    if needs_key:
         about = "an API key, or a token of the configured issuer"
         said["components"]["securitySchemes"] = {
             "key": {"type": "http", "scheme": "bearer", "description": about}
@@ -311,6 +325,14 @@ def answer_errors(app: fastapi.FastAPI) -> None:
 SCOPES = {
     "/v1/predict": "predict",
     "/v1/model": "predict",
+    "/v1/model/rollback": "admin",
+    "/v1/explain": "explain",
+    "/v1/similar": "explain",
+    "/v1/passengers": "explain",
+    "/v1/outcomes": "outcomes",
+    "/invocations": "predict",
+    "/v2": "predict",
+    "/v2/health": "",
     "/metrics": "admin",
 }  # beginning of an address -> the permission it needs
 ABOUT = "The probability that a passenger of the Titanic survives, from a model that says which one it is."
@@ -318,20 +340,44 @@ ABOUT = "The probability that a passenger of the Titanic survives, from a model 
 
 def routers(state: State, predict: Predict) -> list[fastapi.APIRouter]:
     "The routers of the app."
-    return [predict_router(state, predict), model_info_router(state), health_router(state)]
+    there = [
+        predict_router(state, predict),
+        explain_router(state),
+        outcomes_router(state),
+        model_info_router(state),
+        health_router(state),
+        mlflow_router(state),
+        inference_router(state),
+        page_router(),
+    ]
+    return [*there, model_router(state)] if isinstance(state.models, Models) else there
 
 
+def watch(state: State) -> None:
+    "Have the numbers shown that are no counts of requests."
+    metrics, log, access = state.metrics, state.log, state.access
+    if isinstance(state.models, Models):
+        measure(state.models, metrics.watch)
+    if log is not None:
+        metrics.watch("titanic_predictions_log", "Of the record of predictions", log.stats)
+    if access is not None:
+        dropped = lambda: access.writer.dropped
+        metrics.watch("titanic_access_log_dropped", "Lines of the access log that were not written", dropped)
+
+# %% ../../nbs/05_serve/08_app.ipynb #ef46fa12
 def create_app(
     models: Any,  # which model answers: `champion`, `pick(key)`, `state()`
     guard: Any = None,  # who may ask; None: everybody
     log: Any = None,  # where predictions are kept; None: nowhere
     settings: Settings | None = None,
+    access: Any = None,  # where requests are written down; None: nowhere
 ) -> Any:  # ASGI
     "The app of one worker."
     from titanic_mlops import __version__
 
     settings = settings or Settings()
-    state = State(models, guard, log, settings, Metrics(), Limits.of(settings))
+    state = State(models, guard, log, settings, Metrics(), Limits.of(settings), access)
+    watch(state)
     app = fastapi.FastAPI(
         title="titanic_mlops",
         version=__version__,
@@ -345,14 +391,31 @@ def create_app(
     for router in [*routers(state, predict), documentation_router(app)]:
         app.include_router(router)
     answer_errors(app)
-    front = Front(app, state, {"/v1/predict": predict}, SCOPES, ["/v1/predict/batch"])
-    described: dict[str, Any] = {}
-    app.openapi = lambda: (
-        described or described.update(openapi_of(app, front.permission, guard is not None)) or described
-    )  # type: ignore[method-assign]
+    large = dict.fromkeys(("/invocations", "/v2/models/", "/v1/outcomes"), ARRAY_BYTES)
+    large["/v1/predict/batch"] = state.limits.batch_body
+    front = Front(app, state, {"/v1/predict": predict}, SCOPES, large)
+    app.openapi = partial(openapi_of, app, front.permission, guard)  # type: ignore[method-assign]
     origins = [one.strip() for one in settings.serve_cors.split(",") if one.strip()]
     if not origins:
         return front
     return CORSMiddleware(
         front, origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["*"]
     )
+
+# %% ../../nbs/05_serve/08_app.ipynb #84c81f25
+def open_app(
+    models: Models,
+    own: Settings,
+    open_to: str = "",  # the loopback address whose callers need no key; empty: all need one
+) -> tuple[Any, Callable[[], None]]:  # the app, and what to do at the end
+    "The app of one worker, as the settings describe it. Raises `SettingsError`."
+    guard = OpenGuard(open_to) if open_to else open_guard(own)
+    log, access = open_prediction_log(own), open_access(own)
+    models.log = log  # which hears what a shadow says
+
+    def close() -> None:
+        for one in (log, access):
+            if one is not None:
+                one.close()
+
+    return create_app(models, guard, log, own, access), close

@@ -525,11 +525,12 @@ class Front:
         state: State,
         lean: Mapping[str, Lean] | None = None,  # path -> a POST route that is answered here
         scopes: Mapping[str, str] | None = None,  # beginning of a path -> the permission it needs
-        large: Sequence[str] = (),  # paths whose bodies may be as large as a batch
+        large: Mapping[str, int] | None = None,  # beginning of a path -> bytes that its bodies may have
     ):
         self.app, self.state = app, state
-        self.lean, self.large = dict(lean or {}), frozenset(large)
+        self.lean, self.large = dict(lean or {}), dict(large or {})
         self.scopes = sorted((scopes or {}).items(), key=lambda one: -len(one[0]))
+        self._needs = {path: self.permission(path) for path in self.lean}
         self.clock, self.ended = _Clock(state.limits.seconds), 0.0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Any) -> None:
@@ -560,8 +561,13 @@ class Front:
 
     def admit(self, request: Request) -> None:
         "Ask the guard who this is. Raises `Problem`."
-        if self.state.guard is not None and (permission := self.permission(request.path)):
-            request.principal = self.state.guard.check(request.headers, permission, request.client)
+        if self.state.guard is None:
+            return
+        needed = self._needs.get(request.path)
+        if needed is None:
+            needed = self.permission(request.path)
+        if needed:
+            request.principal = self.state.guard.check(request.headers, needed, request.client)
 
     def permission(self, path: str) -> str:
         "Which permission an address needs; empty: none."
@@ -579,7 +585,8 @@ class Front:
 def _bounded(front: Front, request: Request, receive: Receive) -> Body:
     "The body of a request to the app behind. Raises `Problem`."
     limits, headers = front.state.limits, request.headers
-    limit = limits.batch_body if request.path in front.large else limits.body
+    larger = [bytes for beginning, bytes in front.large.items() if request.path.startswith(beginning)]
+    limit = max(larger, default=limits.body)
     if int(headers.get(b"content-length", 0)) > limit:
         raise too_large(limit)
     return Body(receive, limit, limits.seconds, headers.get(b"content-encoding", b"").lower())
