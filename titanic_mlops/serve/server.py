@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Work', 'MakeApp', 'bind', 'say', 'Server', 'server_of', 'Member', 'Council', 'Parent', 'Obey', 'Fleet', 'Keeper',
-           'Plan', 'own_folder', 'serve']
+           'Plan', 'own_folder', 'share_metrics', 'serve']
 
 # %% ../../nbs/05_serve/10_server.ipynb #485760f7
 import contextlib
@@ -552,12 +552,12 @@ class Keeper(Fleet):
             member.pipe.close()
             with self.parent._roster:
                 self.parent.members.remove(member)
-            self.buried(member.pid)
+            if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+                from prometheus_client.multiprocess import mark_process_dead
+
+                mark_process_dead(member.pid)
             if self._stopping is None:
                 self._lost(member, os.waitstatus_to_exitcode(status))
-
-    def buried(self, pid: int) -> None:
-        "To be overridden by who keeps something of each worker."
 
     def _lost(self, member: Member, code: int) -> None:
         "A worker that was not told to has ended. One that never came up is not replaced at once."
@@ -647,10 +647,7 @@ def _worker(pipe: socket.socket, plan: Plan, listener: socket.socket, make_app: 
 def _together(
     plan: Plan, listener: socket.socket, into: Path, make_app: MakeApp, ready: Callable[[str], None]
 ) -> int:
-    "Several workers, and the parent that keeps them."
-    metrics = into / "metrics"
-    metrics.mkdir()
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)  # is read when the metrics are imported
+    "Several workers, and the parent that keeps them. Metrics are gathered if `share_metrics` was called."
     import titanic_mlops.serve.app  # noqa: F401  before the fork, so that workers share it
 
     parent = Parent(say=say)
@@ -682,15 +679,21 @@ def _alone(
     return 0
 
 
+def share_metrics(into: Path) -> None:
+    "Have the workers' counts gathered. To be called before anything imports `serve.http`."
+    folder = into / "metrics"
+    folder.mkdir()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+
+
 def serve(
     plan: Plan,
-    store: Path,  # where bundles are kept while they serve
+    into: Path,  # where bundles are kept while they serve: `own_folder`
     make_app: MakeApp,
     ready: Callable[[str, int], None] = lambda version, port: None,  # requests are answered from now on
 ) -> int:  # the exit code
     "Serve until SIGTERM or SIGINT. Raises `TitanicError` if it can't begin."
-    listener = bind(plan.host, plan.port)
-    port = listener.getsockname()[1]
-    with listener, own_folder(store) as into:
+    with bind(plan.host, plan.port) as listener:
+        port = listener.getsockname()[1]
         run = _alone if plan.workers == 1 else _together
         return run(plan, listener, into, make_app, lambda version: ready(version, port))
