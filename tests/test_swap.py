@@ -784,14 +784,16 @@ def test_who_asks_the_shadow_never_waits(bundles: dict[str, Path]):
 # --- a real MLflow server
 
 
-def mlflow_says(url: str, what: str, body: dict[str, Any], method: str = "POST") -> None:
+def mlflow_says(url: str, what: str, body: dict[str, Any], method: str = "POST") -> dict[str, Any]:
     "One request to MLflow's REST API, for what its client does when a model is registered."
     line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     with contextlib.closing(line):
         headers = {"content-type": "application/json"}
         line.request(method, f"/api/2.0/mlflow/{what}", json.dumps(body), headers)
         answer = line.getresponse()
-        assert answer.status == 200, answer.read()
+        said = answer.read()
+        assert answer.status == 200, said
+        return json.loads(said)
 
 
 def mlflow_keeps(url: str, place: str, bundle: Path) -> None:
@@ -816,10 +818,12 @@ def test_a_server_follows_a_real_mlflow_server(tmp_path: Path, bundles: dict[str
     with process(command, port) as url:
         mlflow_says(url, "registered-models/create", {"name": "titanic"})
         for name in ("low", "high"):
-            mlflow_keeps(url, f"1/{name}/model", bundles[name])
+            run = mlflow_says(url, "runs/create", {"experiment_id": "0"})["run"]["info"]
+            source = f"{run['artifact_uri']}/model"
+            mlflow_keeps(url, source.removeprefix("mlflow-artifacts:/"), bundles[name])
             tags = [{"key": "bundle_digest", "value": digest_of(bundles[name])}]
             tags += [{"key": "override", "value": "by ismay: faster"}] if name == "high" else []
-            version = {"name": "titanic", "source": f"mlflow-artifacts:/1/{name}/model", "tags": tags}
+            version = {"name": "titanic", "source": source, "run_id": run["run_id"], "tags": tags}
             mlflow_says(url, "model-versions/create", version)
         mlflow_says(url, "registered-models/alias", point("1"))
         with titanic_serve(tmp_path / "store", TITANIC_MLFLOW_URI=url) as serving:

@@ -109,7 +109,7 @@ def admit(
     folder: Path,  # of the bundle, whole
     offer: Offer,  # that it was fetched for
     kind: str = "champion",
-    trusted: list[str] | None = None,  # public keys, one of which must have signed; None: the settings'
+    trusted: Sequence[str] | None = None,  # public keys, one of which must have signed; None: the settings'
 ) -> Served:
     "Load what may serve. Raises `BundleError` or `ContractError` for what may not."
     where = f"version {offer.version}, {offer.place}"
@@ -405,6 +405,10 @@ class Models(Slots):
         self.lead.take_back()
         return self.champion  # type: ignore[return-value]
 
+    def state(self) -> dict[str, Any]:  # plain JSON
+        "What it says of itself."
+        return state_of(self)
+
     def close(self) -> None:
         "Follow no more, and do what is noted."
         self.lead.close()
@@ -472,9 +476,6 @@ def measure(
         lambda: models._aside.overflowed,
     )
     watch("titanic_shadow_errors", "Answers that the shadow failed on", lambda: models.shadow_errors)
-
-
-Models.state = state_of  # type: ignore[attr-defined]
 
 # %% ../../nbs/05_serve/06_models.ipynb #942237a7
 SLOWEST = 30.0  # seconds between two looks at an origin that gives no answer
@@ -628,7 +629,7 @@ class Alone(Lead):
 def open_models(
     origins: Mapping[str, Origin],  # kind -> where it comes from
     into: Path,  # folder for bundles, of this process alone
-    trusted: list[str] | None = None,  # public keys, one of which must have signed; None: the settings'
+    trusted: Sequence[str] | None = None,  # public keys, one of which must have signed; None: the settings'
     every: float = 0.5,  # seconds between two looks
     **kept: Any,  # share, bounds, say, log of `Models`
 ) -> Models:
