@@ -112,7 +112,14 @@ def serve(
         str, typer.Option(help="alias or folder; answers a share of the keys", show_default=False)
     ] = "",
     share: Annotated[float, typer.Option(help="of the keys that the canary answers", min=0, max=1)] = 0.05,
-    every: Annotated[float, typer.Option(help="seconds between two looks at the registry", min=0.05)] = 0.5,
+    every: Annotated[
+        float | None,
+        typer.Option(
+            help="seconds between two looks at where models come from",
+            min=0.05,
+            show_default="0.5, of a registry 2",
+        ),
+    ] = None,
     linger: Annotated[
         float, typer.Option(help="seconds after SIGTERM in which it still accepts", min=0)
     ] = 0.5,
@@ -122,6 +129,7 @@ def serve(
     _require_server()
     own = settings()
     origins = origins_of(own, bundle, alias, shadow, canary)
+    from titanic_mlops.serve.origins import RegistryOrigin
     from titanic_mlops.serve.server import Plan, own_folder, share_metrics
     from titanic_mlops.serve.server import serve as run
 
@@ -131,7 +139,9 @@ def serve(
             f"serving {own.mlflow_model} version {version} at http://{name}:{number}  [dim](Ctrl-C to stop)[/]"
         )
 
-    plan = Plan(origins, host, port, workers, share, every, linger, grace, tuple(own.trusted))
+    far = isinstance(origins["champion"], RegistryOrigin)
+    memory = own.store / "serving" / f"last-{own.mlflow_model}-{alias}" if far else None
+    plan = Plan(origins, host, port, workers, share, every, linger, grace, tuple(own.trusted), memory)
     with own_folder(own.store) as into:
         if workers > 1:
             share_metrics(into)

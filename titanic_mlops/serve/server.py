@@ -9,6 +9,7 @@ __all__ = ['Work', 'MakeApp', 'bind', 'say', 'Server', 'server_of', 'Member', 'C
 # %% ../../nbs/05_serve/10_server.ipynb #485760f7
 import contextlib
 import errno
+import gc
 import itertools
 import json
 import os
@@ -80,15 +81,17 @@ class Server(uvicorn.Server):
         models: Models,
         linger: float = 0.5,  # seconds in which answers say goodbye
         ready: Callable[[], None] = lambda: None,  # is called when requests are answered
+        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),  # that mean: leave
     ):
         super().__init__(config)
         self._listener, self._models, self._linger, self._ready = listener, models, linger, ready
+        self._signals = signals
         self._left: float | None = None  # when we were told to leave
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         "SIGTERM and SIGINT: leave; the second time at once. The exit code is that of an orderly end."
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGTERM, signal.SIGINT)}
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in self._signals}
         try:
             yield
         finally:
@@ -116,6 +119,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.freeze()  # what is there now stays, and need not be looked through while somebody waits
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -159,6 +163,7 @@ def server_of(
     linger: float = 0.5,  # seconds in which answers say goodbye
     grace: float = 10.0,  # seconds that what was taken may take
     ready: Callable[[], None] = lambda: None,  # is called when requests are answered
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),  # that mean: leave
 ) -> Server:
     "A server for one process: the fastest parser and loop that there is, and no log of its own."
     config = uvicorn.Config(
@@ -174,7 +179,7 @@ def server_of(
         timeout_graceful_shutdown=int(grace),
         backlog=2048,
     )
-    return Server(config, listener, models, linger, ready)
+    return Server(config, listener, models, linger, ready, signals)
 
 # %% ../../nbs/05_serve/10_server.ipynb #e0fbc265
 class Member:
@@ -373,6 +378,7 @@ class Obey(Lead):
             for line in lines:
                 said = json.loads(line)
                 getattr(self, "_" + said.pop("do").replace(" ", "_"))(**said)
+        self.first.set()
         self._parted()  # the parent is gone
 
     def _prepare(self, order: int, kind: str, offer: dict[str, str], folder: str) -> None:
@@ -457,6 +463,7 @@ class Workers:
                 signal.set_wakeup_fd(-1)
                 for sig in ours:
                     signal.signal(sig, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C meets all; the parent passes it on
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
                 for pipe in (mine, self.bell, self.button, *others):
                     pipe.close()
@@ -581,10 +588,11 @@ class Plan:
     port: int = 8080  # 0: any that is free
     workers: int = 1
     share: float = 0.05  # of the keys that a canary answers
-    every: float = 0.5  # seconds between two looks at an origin
+    every: float | None = None  # seconds between two looks at an origin; None: the origin's
     linger: float = 0.5  # seconds in which answers say goodbye
     grace: float = 10.0  # seconds that what was taken may take
     trusted: tuple[str, ...] | None = None  # public keys; None: the settings'
+    memory: Path | None = None  # folder in which the champion outlives the server
 
 
 @contextlib.contextmanager
@@ -630,8 +638,10 @@ def _worker(pipe: socket.socket, plan: Plan, listener: socket.socket, make_app: 
     "One worker's life; its exit code."
     models = Models(plan.share, say=say)
     box: list[Server] = []
+    orphaned = threading.Event()
 
     def parted() -> None:
+        orphaned.set()
         for server in box:
             server.leave()
 
@@ -642,7 +652,9 @@ def _worker(pipe: socket.socket, plan: Plan, listener: socket.socket, make_app: 
         return 3
     app, close = make_app(models)
     ready = lambda: obey._send({"said": "ready"})
-    box.append(server_of(app, listener, models, plan.linger, plan.grace, ready))
+    box.append(server_of(app, listener, models, plan.linger, plan.grace, ready, [signal.SIGTERM]))
+    if orphaned.is_set():
+        box[0].leave()
     box[0].run(sockets=[listener])
     models.close()
     close()
@@ -657,13 +669,18 @@ def _together(
 
     parent = Parent(say=say)
     deliver = lambda *facts: parent.deliver(*facts) if parent.members else parent.adopt(*facts)
-    watches = [Watch(kind, origin, into, deliver, plan.every, say) for kind, origin in plan.origins.items()]
+    outlives = lambda kind: plan.memory if kind == "champion" else None
+    watches = [
+        Watch(kind, origin, into, deliver, plan.every, say, outlives(kind))
+        for kind, origin in plan.origins.items()
+    ]
     follow = Follow(watches)
     follow.changed = parent.news
     Follow(watches[:1]).first()  # the champion; the others can wait until somebody can load them
     parent.origins = follow.told()
     version = lambda: parent.standing["champion"]["offer"]["version"]
     work = lambda pipe: _worker(pipe, plan, listener, make_app)
+    gc.freeze()  # or looking through it would copy, in each worker, what they share
     fleet = Fleet(work, parent, follow, say)
     return fleet.run(listener, plan.workers, lambda: ready(version()), plan.grace + plan.linger + 3)
 
@@ -672,7 +689,8 @@ def _alone(
     plan: Plan, listener: socket.socket, into: Path, make_app: MakeApp, ready: Callable[[str], None]
 ) -> int:
     "One process that does it all."
-    models = open_models(plan.origins, into, plan.trusted, plan.every, share=plan.share, say=say)
+    facts = {"share": plan.share, "say": say}
+    models = open_models(plan.origins, into, plan.trusted, plan.every, plan.memory, **facts)
     app, close = make_app(models)
     told = lambda: ready(models.champion.version)  # type: ignore[union-attr]
     server_of(app, listener, models, plan.linger, plan.grace, told).run(sockets=[listener])
