@@ -15,8 +15,9 @@ MODULES = {
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
     **dict.fromkeys(("fastpath", "http", "app"), "serve"),
     **dict.fromkeys(("origins", "models", "server"), "serve"),
+    **dict.fromkeys(("columns", "batch"), "serve"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
-    **dict.fromkeys(("registry_commands", "document_commands", "serve_commands"), "face"),
+    **dict.fromkeys(("registry_commands", "document_commands", "serve_commands", "score_commands"), "face"),
 }
 
 
