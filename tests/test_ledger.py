@@ -319,8 +319,8 @@ def test_changed_code_is_found_by_the_command(story, tmp_path: Path):
 def answered(story) -> tuple[Checkout, Settings, dict]:
     "The champion has answered for one passenger, and that is on record."
     from titanic_mlops.model.registry import Registry
-    from titanic_mlops.serve.app import OneModel
     from titanic_mlops.serve.fastpath import FastModel
+    from titanic_mlops.serve.predict import OneModel
     from titanic_mlops.serve.predictions import PredictionLog, prediction_folder
 
     own, ours = story

@@ -2140,6 +2140,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'titanic_mlops.serve.bulk.line_row': ( '05_serve/bulk.html#line_row',
                                                                                  'titanic_mlops/serve/bulk.py'),
                                           'titanic_mlops.serve.bulk.lines': ('05_serve/bulk.html#lines', 'titanic_mlops/serve/bulk.py'),
+                                          'titanic_mlops.serve.bulk.require_columns': ( '05_serve/bulk.html#require_columns',
+                                                                                        'titanic_mlops/serve/bulk.py'),
                                           'titanic_mlops.serve.bulk.require_plain': ( '05_serve/bulk.html#require_plain',
                                                                                       'titanic_mlops/serve/bulk.py'),
                                           'titanic_mlops.serve.bulk.require_plain_columns': ( '05_serve/bulk.html#require_plain_columns',

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PORTION', 'MOST_ERRORS', 'ARRAY_BYTES', 'ARROW', 'LONGEST_TEXT', 'ARRAY', 'LINES', 'CSV', 'FORM', 'Refused',
            'too_many', 'checked', 'row_errors', 'Run', 'RowPrediction', 'BatchPrediction', 'array_rows', 'answer_array',
-           'cell_value', 'csv_rows', 'answer_csv', 'require_plain', 'require_plain_columns', 'arrow_rows',
-           'answer_arrow', 'lines', 'line_row', 'said_of', 'answer_lines', 'LineStream', 'uploaded', 'answer_batch',
-           'batch_documentation']
+           'cell_value', 'require_columns', 'csv_rows', 'answer_csv', 'require_plain', 'require_plain_columns',
+           'arrow_rows', 'answer_arrow', 'lines', 'line_row', 'said_of', 'answer_lines', 'LineStream', 'uploaded',
+           'answer_batch', 'batch_documentation']
 
 # %% ../../nbs/05_serve/19_bulk.ipynb #ca8a70c3
 import asyncio
@@ -23,8 +23,9 @@ import fastapi
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
-from ..data.contract import Column, columns
+from ..data.contract import Column, columns, rule_text
 from ..data.targets import REQUEST_ROLES, request_model
+from ..ground.errors import nearest
 from .http import Problem, State, field_error, shown, strict_json
 from .predict import chosen, field_errors, keep, refusal, require_type
 
@@ -200,6 +201,21 @@ def cell_value(column: Column | None, text: str) -> Any:
         return text
 
 
+def require_columns(header: Sequence[str]) -> None:
+    "Raise `Problem` for columns that the contract does not have, and for those that it can't do without."
+    known = _requested()
+    errors = [
+        field_error(name, "the columns of the contract", f"unknown here; {nearest(name, known)}")
+        for name in header
+        if name not in known
+    ]
+    lacking = [c for c in known.values() if not c.nullable and c.name not in header]
+    errors += [field_error(c.name, rule_text(c), "the column is missing") for c in lacking]
+    if errors:
+        said = "the columns are not those of the contract; nothing was predicted"
+        raise Problem("broken-rule", said, errors[:MOST_ERRORS])
+
+
 def csv_rows(body: bytes) -> Iterator[dict[str, Any]]:
     "The rows of a CSV file. Raises `Problem`."
     try:
@@ -212,6 +228,7 @@ def csv_rows(body: bytes) -> Iterator[dict[str, Any]]:
         header = next(reader, [])
         if len(set(header)) < len(header) or not header:
             raise Problem("malformed-body", "the first line names each column, once")
+        require_columns(header)
         for cells in filter(None, reader):
             if len(cells) != len(header):
                 said = f"line {reader.line_num} has {len(cells)} cells, the first line {len(header)}"
@@ -425,10 +442,10 @@ ARRAY, LINES, CSV, FORM = "application/json", "application/x-ndjson", "text/csv"
 async def uploaded(request: fastapi.Request, limit: int) -> bytes:
     "The one file of a form. Raises `Problem`."
     async with request.form(max_files=1, max_fields=10, max_part_size=65_536) as form:
-        files = [part for part in form.values() if not isinstance(part, str)]
-        if len(files) != 1:
-            raise Problem("malformed-body", "a form has one file, the CSV")
-        return await files[0].read()
+        parts = form.getlist("file")
+        if len(parts) != 1:
+            raise Problem("malformed-body", "a form has one part named `file`, the CSV")
+        return parts[0].encode() if isinstance(parts[0], str) else await parts[0].read()
 
 
 async def answer_batch(request: fastapi.Request, state: State) -> Response:
@@ -461,13 +478,8 @@ def batch_documentation() -> dict[str, Any]:
         "properties": {"file": {"type": "string", "format": "binary"}},
         "required": ["file"],
     }
-    bodies = {
-        ARRAY: {"schema": array},
-        LINES: text(LINES),
-        CSV: text(CSV),
-        ARROW: octets,
-        FORM: {"schema": file},
-    }
+    form = {"schema": file, "encoding": {"file": {"contentType": CSV}}}
+    bodies = {ARRAY: {"schema": array}, LINES: text(LINES), CSV: text(CSV), ARROW: octets, FORM: form}
     told = {ARRAY: {"schema": {"$ref": "#/components/schemas/BatchPrediction"}}, LINES: text(LINES)}
     told |= {CSV: {"schema": {"type": "string"}}, ARROW: {"schema": {"type": "string", "format": "binary"}}}
     return {

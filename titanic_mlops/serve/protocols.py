@@ -236,6 +236,8 @@ def _by_column(said: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         n: [v[0] if isinstance(v, list) and len(v) == 1 else v for v in values] for n, values in lists.items()
     }
     lengths = {name: len(values) for name, values in lists.items()}
+    if not any(lengths.values()):
+        raise Refused(f"{where}: no column has a value")
     if len(set(lengths.values())) > 1:
         raise Refused(f"{where}: columns of different lengths: {lengths}")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
@@ -250,6 +252,8 @@ def rows_of_frame(
         got = ", ".join(map(repr, list(said)[:10])) or "nothing"
         raise Refused(f"the body is a JSON object with exactly one of {', '.join(FORMATS)}; it has {got}")
     where, frame = given[0], said[given[0]]
+    if not isinstance(said.get("params", {}), dict):
+        raise Refused("params is not an object")
     if unknown := sorted(said.keys() - {where, "params"}):
         raise Refused(f"unknown key {unknown[0]!r}; {nearest(unknown[0], [*FORMATS, 'params'])}")
     if where == "dataframe_split":
