@@ -3,7 +3,6 @@
 A few hundred requests in the suite; `OPENAPI_EXAMPLES=450` (a kind of request and an address) makes it over ten thousand.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -46,7 +45,7 @@ def run(address: str, key: str, examples: int, folder: Path, *more: str) -> subp
             str(BIN / "schemathesis"), "run", f"{address}/openapi.json", "--checks=all", "--no-color", "--seed=1912",
             f"--max-examples={examples}", "--phases=examples,coverage,fuzzing,stateful", "--warnings=off",
             "--suppress-health-check=all", "--generation-database=none", f"--header=Authorization: Bearer {key}",
-            "--report=json", f"--report-json-path={folder / 'report.json'}", "--continue-on-failure", *more,
+            "--generation-allow-x00=false", "--continue-on-failure", *more,
         ],
         cwd=folder,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "openapi_hooks", "PYTHONPATH": str(Path(__file__).parent)},
@@ -61,5 +60,6 @@ def test_every_answer_is_as_the_document_says(server: tuple[Checkout, str, str],
     _, address, key = server
     done = run(address, key, EXAMPLES, tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-20_000:]
-    said = json.loads((tmp_path / "report.json").read_text())
-    print(json.dumps(said)[:2000])
+    tested = re.search(r"Tested: (\d+)", done.stdout)
+    assert tested and int(tested[1]) >= 20, done.stdout[-3000:]
+    print(done.stdout[-600:])
