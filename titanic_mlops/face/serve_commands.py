@@ -76,22 +76,10 @@ def _make_app(own: Settings, host: str, no_auth: bool) -> Any:
     "What makes the app in each worker, and closes what it has opened."
 
     def make(models: "Models") -> Any:
-        from titanic_mlops.serve.access import open_access
-        from titanic_mlops.serve.app import create_app
-        from titanic_mlops.serve.predictions import open_prediction_log
+        from titanic_mlops.serve.app import open_app
         from titanic_mlops.serve.server import say
 
-        log, access = open_prediction_log(own, say), open_access(own)
-        models.log = log  # which hears the shadow, too
-        app = create_app(models, guard_of(own, host, no_auth), log, own)
-        app.state.access = access
-
-        def close() -> None:
-            for one in (log, access):
-                if one is not None:
-                    one.close()
-
-        return app, close
+        return open_app(models, own, guard_of(own, host, no_auth), say)
 
     return make
 
