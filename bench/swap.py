@@ -124,10 +124,9 @@ def load(arguments: argparse.Namespace) -> None:
         verdict, digest = judge(number, answer, known["models"])
         failed, mixed = failed + (verdict == "failed"), mixed + (verdict == "mixed")
         seen.add(digest)
-    times = sorted(took for _, took, _ in crowd.answers)
-    share = lambda q: times[min(int(q * len(times)), len(times) - 1)] * 1000 if times else float("nan")
-    print(json.dumps({"sent": crowd.sent, "answered": len(times), "failed": failed, "mixed": mixed, "models": len(seen),
-                      "p50": share(0.5), "p99": share(0.99), "p99.9": share(0.999), "max": share(1)}))  # fmt: skip
+    times = sorted(round(took * 1e6) for _, took, _ in crowd.answers)  # microseconds
+    facts = {"sent": crowd.sent, "failed": failed, "mixed": mixed, "models": sorted(seen - {""})}
+    print(json.dumps({**facts, "times": times}))
 
 
 def judge(number: int, answer: bytes, models: dict) -> tuple[str, str]:
@@ -205,9 +204,10 @@ def titanic_serve(folder: Path, workers: int) -> Iterator[tuple[int, list[dict]]
         "--bundle",
         folder / "drop",
     ]
+    own = {"STORE": folder / "store", "RATE_LIMIT": 0, "ACCESS_LOG": folder / "access.jsonl"}
     process = subprocess.Popen(
         [*map(str, command), "--workers", str(workers), "--every", "0.1"],
-        env={**os.environ, "TITANIC_STORE": str(folder / "store"), "NO_COLOR": "1"},
+        env={**os.environ, **{f"TITANIC_{name}": str(value) for name, value in own.items()}, "NO_COLOR": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     events: list[dict] = []
@@ -233,30 +233,60 @@ def asked(port: int, known: Path, rate: float, seconds: float) -> subprocess.Pop
     )
 
 
+def percentile(times: list[int], q: float) -> float:
+    "In milliseconds."
+    times = sorted(times)
+    return times[min(int(q * len(times)), len(times) - 1)] / 1000 if times else float("nan")
+
+
+def together(rounds: list[dict]) -> dict:
+    "Several rounds as one."
+    found = {name: sum(one[name] for one in rounds) for name in ("sent", "failed", "mixed")}
+    times = [time for one in rounds for time in one["times"]]
+    found |= {"answered": len(times), "models": len({model for one in rounds for model in one["models"]})}
+    return found | {f"p{100 * q:g}": percentile(times, q) for q in (0.5, 0.99, 0.999)}
+
+
+def capacity_of(ask) -> float:
+    "The highest steady rate that is kept up with: nobody fails, and one in a hundred waits 50 ms at most."
+    most = (
+        len(ask(0, 2)["times"]) / 2
+    )  # as fast as they are answered: the crowd comes in step, which is cheaper
+    low, high = 0.3 * most, most
+    for _ in range(6):
+        rate = (low + high) / 2
+        tried = ask(rate, 2)
+        kept_up = not tried["failed"] and percentile(tried["times"], 0.99) <= 50
+        low, high = (rate, high) if kept_up else (low, rate)
+    return low
+
+
 def measure(arguments: argparse.Namespace, folder: Path) -> dict:
-    "Capacity; then the load without swaps, with them, and without them again."
+    "Capacity; then the load without swaps and with them, in turns, so that the machine's moods meet both."
     known = folder / "known.json"
     known.write_text(json.dumps(models(folder)))
     put(folder / "mild", folder / "drop")
     said = lambda process: json.loads(process.communicate()[0])
+    seconds, number = arguments.seconds / arguments.rounds, 0
     with titanic_serve(folder, arguments.workers) as (port, events):
-        warm = said(asked(port, known, 0, 1))
+        ask = lambda rate, seconds: said(asked(port, known, rate, seconds))
+        warm = together([ask(0, 1)])
         assert not warm["failed"] and not warm["mixed"], warm
-        capacity = said(asked(port, known, 0, arguments.seconds / 10))["answered"] / (arguments.seconds / 10)
-        rate = 0.7 * capacity
-        quiet = [said(asked(port, known, rate, arguments.seconds / 2))]
+        capacity = arguments.capacity or capacity_of(ask)
         swaps = lambda: sum(event.get("message") == "model swapped" for event in events) // arguments.workers
-        before, crowd = swaps(), asked(port, known, rate, arguments.seconds)
-        time.sleep(0.3)
-        start = time.monotonic()
-        for number in range(arguments.swaps):
-            put(folder / ("strict" if number % 2 == 0 else "mild"), folder / "drop")
-            next_one = start + (number + 1) * (arguments.seconds - 1) / arguments.swaps
-            time.sleep(max(next_one - time.monotonic(), 0))
-        swapping = said(crowd)
+        before, quiet, swapping = swaps(), [], []
+        for turn in range(arguments.rounds):
+            quiet.append(ask(0.7 * capacity, seconds))
+            crowd = asked(port, known, 0.7 * capacity, seconds)
+            time.sleep(0.5)  # it starts
+            start, share = time.monotonic(), arguments.swaps * (turn + 1) // arguments.rounds - number
+            for one in range(share):
+                number += 1
+                put(folder / ("strict" if number % 2 else "mild"), folder / "drop")
+                time.sleep(max(start + (one + 1) * (seconds - 0.5) / share - time.monotonic(), 0))
+            swapping.append(said(crowd))
         done = swaps() - before
-        quiet.append(said(asked(port, known, rate, arguments.seconds / 2)))
-    return {"capacity": capacity, "rate": rate, "quiet": quiet, "swapping": swapping, "swaps": done}
+    return {"capacity": capacity, "quiet": together(quiet), "swapping": together(swapping), "swaps": done}
 
 
 def main() -> None:
@@ -265,6 +295,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="time that they are spread over")
     parser.add_argument("--workers", type=int, default=1, help="of the server")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one line")
+    parser.add_argument("--rounds", type=int, default=3, help="turns in which that is done")
+    parser.add_argument("--capacity", type=float, help="requests a second; measured if it is not given")
     for name, kind in (("--load", None), ("--port", int), ("--known", str), ("--rate", float)):
         more = {"action": "store_true"} if kind is None else {"type": kind}
         parser.add_argument(name, help=argparse.SUPPRESS, **more)
@@ -276,32 +308,26 @@ def main() -> None:
         found = measure(arguments, Path(name))
     quiet, swapping = found["quiet"], found["swapping"]
     print(
-        f"{found['rate']:.0f} requests/s, 70 % of {found['capacity']:.0f}; {arguments.workers} worker(s), {found['swaps']} swaps in {arguments.seconds:.0f} s"
+        f"{0.7 * found['capacity']:.0f} requests/s, 70 % of {found['capacity']:.0f}; "
+        f"{arguments.workers} worker(s), {found['swaps']} swaps in {arguments.seconds:.0f} s"
     )
     print(f"{'':<34} {'without':>9} {'swapping':>9} {'ratio':>8}")
     figures = []
     for share in ("p50", "p99", "p99.9"):
-        before, after = sum(one[share] for one in quiet) / len(quiet), swapping[share]
+        before, after = quiet[share], swapping[share]
         print(f"{share:<34} {before:9.3f} {after:9.3f} {after / before:7.2f}x  ms")
         figures.append({"name": f"{share} while models are swapped", "unit": "ms", "baseline": round(before, 4),
                         "ours": round(after, 4), "ratio": round(after / before, 2)})  # fmt: skip
     print(
-        f"of {swapping['answered']} answers: {swapping['failed']} failed, {swapping['mixed']} of mixed versions, {swapping['models']} models seen"
+        f"of {swapping['answered']} answers while models were swapped: {swapping['failed']} failed, "
+        f"{swapping['mixed']} of mixed versions, {swapping['models']} models seen"
     )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        told = {"bench": "swap", "at": int(time.time()), "cpus": os.cpu_count(), "figures": figures}
+        told |= {name: swapping[name] for name in ("sent", "answered", "failed", "mixed")}
+        told |= {"swaps": found["swaps"], "workers": arguments.workers, "capacity": round(found["capacity"])}
         with arguments.json.open("a") as file:
-            told = {
-                "bench": "swap",
-                "at": int(time.time()),
-                "cpus": os.cpu_count(),
-                "figures": figures,
-                "workers": arguments.workers,
-            }
-            told |= {key: swapping[key] for key in ("sent", "answered", "failed", "mixed")} | {
-                "swaps": found["swaps"]
-            }
-            told |= {"capacity": round(found["capacity"]), "rate": round(found["rate"])}
             file.write(json.dumps(told) + "\n")
 
 

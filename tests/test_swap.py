@@ -167,6 +167,7 @@ def titanic_serve(store: Path, *arguments: str, **environment: str) -> Iterator[
             **os.environ,
             "TITANIC_STORE": str(store),
             "TITANIC_ACCESS_LOG": "",
+            "TITANIC_RATE_LIMIT": "0",
             "NO_COLOR": "1",
             **environment,
         },

@@ -2702,6 +2702,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'titanic_mlops/serve/origins.py'),
                                              'titanic_mlops.serve.origins._named': ( '05_serve/origins.html#_named',
                                                                                      'titanic_mlops/serve/origins.py'),
+                                             'titanic_mlops.serve.origins._no_such_thing': ( '05_serve/origins.html#_no_such_thing',
+                                                                                             'titanic_mlops/serve/origins.py'),
                                              'titanic_mlops.serve.origins._read_file': ( '05_serve/origins.html#_read_file',
                                                                                          'titanic_mlops/serve/origins.py'),
                                              'titanic_mlops.serve.origins._stats': ( '05_serve/origins.html#_stats',

@@ -28,7 +28,7 @@ def guard_of(
     no_auth: bool,
 ) -> Any:  # Guard or OpenGuard of serve.security
     "Who decides who may ask. Raises `ParameterError` if nobody could, `SettingsError` for `--no-auth` on an open address."
-    from titanic_mlops.serve.security import OpenGuard, RateLimit, open_guard
+    from titanic_mlops.serve.security import OpenGuard, RateLimit, keys_file, open_guard
 
     if no_auth:
         return OpenGuard(host, RateLimit(own.rate_limit, own.rate_burst))
@@ -36,7 +36,7 @@ def guard_of(
     if not guard.keys.valid and not own.auth_issuer:
         raise ParameterError(
             "nobody may ask yet",
-            where=f"no valid key in {guard.keys.file}" if hasattr(guard.keys, "file") else "no valid key",
+            where=str(keys_file(own)),
             rule="who asks needs a key, unless you say otherwise",
             do="titanic keys new --name me --scope predict; or, on this machine only: titanic serve --no-auth",
         )

@@ -183,6 +183,14 @@ class FolderOrigin:
 PATIENCE = 5.0  # seconds that one request may take, from connecting to the last byte
 
 
+def _no_such_thing(body: bytes) -> bool:
+    "MLflow says 400, too, where there is no such alias."
+    try:
+        return json.loads(body)["error_code"] in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 class Rest:
     "Small requests to an MLflow server. Raises `RegistryError` when it is away, slow, or does not make sense."
 
@@ -234,13 +242,13 @@ class Rest:
         /,
         **query: str,
     ) -> bytes:
-        "The body of an answer. Raises `FileNotFoundError` for 404."
+        "The body of an answer. Raises `FileNotFoundError` if there is no such thing."
         target = self._parts.path.rstrip("/") + path + ("?" + urlencode(query) if query else "")
         with self._connection() as line:
             line.request("GET", target, headers=self._headers())
             answer = line.getresponse()
             body = answer.read(LARGEST + 1)
-        if answer.status == 404:
+        if answer.status == 404 or (answer.status == 400 and _no_such_thing(body)):
             raise FileNotFoundError(path)
         if answer.status != 200 or len(body) > LARGEST:
             hint = answer.headers.get("location", "")
