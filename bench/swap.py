@@ -114,7 +114,7 @@ def load(arguments: argparse.Namespace) -> None:
     requests = []
     for passenger in known["passengers"]:
         body = json.dumps(passenger).encode()
-        head = b"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        head = b"POST /v1/predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
         requests.append(head % len(body) + body)
     crowd = Crowd(requests, arguments.rate)
     gc.disable()  # a pause of ours is not the server's
@@ -240,7 +240,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     put(folder / "mild", folder / "drop")
     said = lambda process: json.loads(process.communicate()[0])
     with titanic_serve(folder, arguments.workers) as (port, events):
-        said(asked(port, known, 0, 1))  # warm
+        warm = said(asked(port, known, 0, 1))
+        assert not warm["failed"] and not warm["mixed"], warm
         capacity = said(asked(port, known, 0, arguments.seconds / 10))["answered"] / (arguments.seconds / 10)
         rate = 0.7 * capacity
         quiet = [said(asked(port, known, rate, arguments.seconds / 2))]

@@ -163,7 +163,13 @@ def listen(serving: Serving) -> None:
 def titanic_serve(store: Path, *arguments: str, **environment: str) -> Iterator[Serving]:
     process = subprocess.Popen(
         [str(BIN / "titanic"), "serve", "--no-auth", "--port", "0", "--every", "0.05", *arguments],
-        env={**os.environ, "TITANIC_STORE": str(store), "NO_COLOR": "1", **environment},
+        env={
+            **os.environ,
+            "TITANIC_STORE": str(store),
+            "TITANIC_ACCESS_LOG": "",
+            "NO_COLOR": "1",
+            **environment,
+        },
         cwd=store.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -501,6 +507,8 @@ def test_a_registry_that_is_away_is_asked_less_and_less(tmp_path: Path, bundles:
     assert watch.step() == 1 and models.champion.version == "low"
     registry.close()
     assert [watch.step() for _ in range(7)] == [2, 4, 8, 16, 30, 30, 30]
+    watch.failures = 100_000  # a month
+    assert watch.step() == 30
     assert "is away: ConnectionRefusedError" in watch.told()["away"]
 
 
@@ -519,6 +527,33 @@ def test_a_server_follows_a_registry_over_http(tmp_path: Path, bundles: dict[str
     finally:
         with contextlib.suppress(OSError):
             registry.close()
+
+
+def test_a_server_that_starts_while_the_registry_is_away_serves_what_served_last(
+    tmp_path: Path, bundles: dict[str, Path]
+):
+    registry, memory = Registry(bundles["low"]), tmp_path / "memory"
+    origin = RegistryOrigin(registry.url, "titanic", patience=0.4)
+    open_models({"champion": origin}, tmp_path / "first", trusted=[], memory=memory).close()
+    registry.close()
+    models = open_models({"champion": origin}, tmp_path / "second", trusted=[], memory=memory)
+    models.close()
+    assert models.champion.version == "low" and "is away" in models.state()["degraded"][0]
+    (memory / "bundle" / "model.onnx").write_bytes(b"meddled with")
+    with pytest.raises(RegistryError, match="no model to serve"):
+        open_models({"champion": origin}, tmp_path / "third", trusted=[], memory=memory)
+
+
+def test_what_served_long_ago_is_not_kept(tmp_path: Path, bundles: dict[str, Path]):
+    models = Models()
+    deliver = lambda kind, offer, folder: models.install(admit(folder, offer, kind, []))
+    watch = Watch("champion", FolderOrigin(tmp_path / "drop"), tmp_path / "kept", deliver)
+    seen = set()
+    for number in range(8):
+        put(constant(tmp_path / f"b{number}", number / 10), tmp_path / "drop")
+        watch.step()
+        seen.add(models.champion.version)
+    assert len(seen) == 8 and len(list((tmp_path / "kept" / "champion").iterdir())) == 4
 
 
 def made_store(store: Path, bundles: dict[str, Path]) -> Ledger:
@@ -620,9 +655,17 @@ def test_a_worker_that_is_killed_is_replaced_and_the_others_go_on(tmp_path: Path
         assert {serving.ask()[1]["probability"] for _ in range(12)} == {0.25}
 
 
-@pytest.mark.parametrize(("workers", "keep"), [(1, True), (1, False), (2, True), (2, False)])
+LEAVE = [
+    (1, True, signal.SIGTERM),
+    (2, False, signal.SIGINT),
+    pytest.param(1, False, signal.SIGINT, marks=pytest.mark.long),
+    pytest.param(2, True, signal.SIGTERM, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("workers", "keep", "sig"), LEAVE)
 def test_who_is_told_to_leave_loses_no_request(
-    tmp_path: Path, bundles: dict[str, Path], workers: int, keep: bool
+    tmp_path: Path, bundles: dict[str, Path], workers: int, keep: bool, sig: signal.Signals
 ):
     with titanic_serve(
         tmp_path / "store", "--bundle", str(bundles["low"]), "--workers", str(workers)
@@ -630,10 +673,12 @@ def test_who_is_told_to_leave_loses_no_request(
         idle = socket.create_connection(("127.0.0.1", serving.port))  # is not waited for forever
         with Load(serving.port, known(bundles), keep).running() as load:
             serving.until(lambda: load.answers > 200)
-            serving.process.terminate()
+            if sig == signal.SIGINT:
+                os.killpg(serving.process.pid, sig)  # as Ctrl-C does: to all of them
+            else:
+                serving.process.send_signal(sig)
             assert serving.process.wait(20) == 0
             assert (load.wrong, load.lost) == ([], [])
-            assert load.cut or not keep or load.answers
         idle.close()
         assert not (tmp_path / "store" / "serving").exists() or not list(
             (tmp_path / "store" / "serving").iterdir()
@@ -784,14 +829,16 @@ def test_who_asks_the_shadow_never_waits(bundles: dict[str, Path]):
 # --- a real MLflow server
 
 
-def mlflow_says(url: str, what: str, body: dict[str, Any], method: str = "POST") -> None:
+def mlflow_says(url: str, what: str, body: dict[str, Any], method: str = "POST") -> dict[str, Any]:
     "One request to MLflow's REST API, for what its client does when a model is registered."
     line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     with contextlib.closing(line):
         headers = {"content-type": "application/json"}
         line.request(method, f"/api/2.0/mlflow/{what}", json.dumps(body), headers)
         answer = line.getresponse()
-        assert answer.status == 200, answer.read()
+        said = answer.read()
+        assert answer.status == 200, said
+        return json.loads(said)
 
 
 def mlflow_keeps(url: str, place: str, bundle: Path) -> None:
@@ -816,10 +863,12 @@ def test_a_server_follows_a_real_mlflow_server(tmp_path: Path, bundles: dict[str
     with process(command, port) as url:
         mlflow_says(url, "registered-models/create", {"name": "titanic"})
         for name in ("low", "high"):
-            mlflow_keeps(url, f"1/{name}/model", bundles[name])
+            run = mlflow_says(url, "runs/create", {"experiment_id": "0"})["run"]["info"]
+            source = f"{run['artifact_uri']}/model"
+            mlflow_keeps(url, source.removeprefix("mlflow-artifacts:/"), bundles[name])
             tags = [{"key": "bundle_digest", "value": digest_of(bundles[name])}]
             tags += [{"key": "override", "value": "by ismay: faster"}] if name == "high" else []
-            version = {"name": "titanic", "source": f"mlflow-artifacts:/1/{name}/model", "tags": tags}
+            version = {"name": "titanic", "source": source, "run_id": run["run_id"], "tags": tags}
             mlflow_says(url, "model-versions/create", version)
         mlflow_says(url, "registered-models/alias", point("1"))
         with titanic_serve(tmp_path / "store", TITANIC_MLFLOW_URI=url) as serving:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import document_commands, registry_commands, serve_commands
+from . import document_commands, registry_commands, score_commands, serve_commands
 from .contract_commands import contract_app
 from .gate_commands import gate_app
 from .key_commands import keys_app
@@ -463,6 +463,7 @@ for command in (
     registry_commands.promote,
     registry_commands.verify,
     serve_commands.serve,
+    score_commands.score,
 ):
     app.command()(command)
 app.add_typer(registry_commands.bundle, name="bundle")

@@ -35,12 +35,12 @@ from titanic_mlops.serve.http import (
     as_problem,
     field_error,
 )
-from .models import Models, measure, model_router
+from .models import Models, measure, model_router, say_nothing
 from .page import page_router
-from .predict import OneModel, Predict, Prediction
+from .predict import Predict, Prediction
 from .predictions import open_prediction_log, outcomes_router
 from .protocols import inference_router, mlflow_router
-from .security import OpenGuard, open_guard
+from .security import OpenGuard
 
 # %% ../../nbs/05_serve/08_app.ipynb #4f9fb965
 def health_router(state: State) -> fastapi.APIRouter:
@@ -318,6 +318,10 @@ def answer_errors(app: fastapi.FastAPI) -> None:
         status, headers, body = as_problem(problem, asked.id if asked else "")
         return Response(body, status, {name.decode(): value.decode("latin-1") for name, value in headers})
 
+    async def leave_it(request: fastapi.Request, error: Exception) -> Response:
+        raise error  # else Starlette answers in plain text; `Front` does it as for all others
+
+    app.add_exception_handler(Exception, leave_it)
     app.add_exception_handler(HTTPException, on_error)
     app.add_exception_handler(RequestValidationError, on_error)
 
@@ -406,11 +410,11 @@ def create_app(
 def open_app(
     models: Models,
     own: Settings,
-    open_to: str = "",  # the loopback address whose callers need no key; empty: all need one
+    guard: Any,  # who may ask
+    say: Callable[..., None] = say_nothing,  # is told what happens
 ) -> tuple[Any, Callable[[], None]]:  # the app, and what to do at the end
     "The app of one worker, as the settings describe it. Raises `SettingsError`."
-    guard = OpenGuard(open_to) if open_to else open_guard(own)
-    log, access = open_prediction_log(own), open_access(own)
+    log, access = open_prediction_log(own, say), open_access(own)
     models.log = log  # which hears what a shadow says
 
     def close() -> None:

@@ -27,19 +27,21 @@ from ..data.targets import REQUEST_ROLES, json_schema, request_model
 from ..ground.errors import BundleError
 from ..model.background import Background
 from .http import Problem, State, strict_json
+from .predict import refusal, require_type
 
 # %% ../../nbs/05_serve/05_explain.ipynb #eb6a0e04
 @cache
-def _weights(players: int) -> np.ndarray:
-    size = np.array([mask.bit_count() for mask in range(1 << players)])
+def _joins(players: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    "For each player: the coalitions without him, the same with him, and the share of orders in which they come before him."
+    found, every = [], range(1 << players)
     before = [
         math.factorial(s) * math.factorial(players - s - 1) / math.factorial(players) for s in range(players)
     ]
-    found = np.zeros((players, 1 << players))
     for player in range(players):
-        without = np.array([mask for mask in range(1 << players) if not mask >> player & 1])
-        found[player, without] = -np.take(before, size[without])
-        found[player, without | 1 << player] = np.take(before, size[without])
+        without = np.array([mask for mask in every if not mask >> player & 1])
+        found.append(
+            (without, without | 1 << player, np.array([before[int(mask).bit_count()] for mask in without]))
+        )
     return found
 
 
@@ -47,8 +49,10 @@ def shapley(
     values: np.ndarray,  # what each coalition wins, shape (2 ** players,); bit i of the index: player i is in
 ) -> np.ndarray:  # the share of each player, shape (players,)
     "Exact Shapley values of a game. *Source:* Shapley (1953)."
-    players = len(values).bit_length() - 1
-    return _weights(players) @ np.asarray(values, float)
+    values, players = np.asarray(values, float), len(values).bit_length() - 1
+    return np.array(
+        [weight @ (values[joined] - values[without]) for without, joined, weight in _joins(players)]
+    )
 
 # %% ../../nbs/05_serve/05_explain.ipynb #c24bb56a
 BLOCKS: dict[
@@ -335,14 +339,13 @@ _NEIGHBOURS = 5
 
 # %% ../../nbs/05_serve/05_explain.ipynb #e40e9018
 class ModelSaid(BaseModel):
-    "Which model this is about."
+    "Which model an answer is about."
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    version: str
-    digest: str  # of its bundle
-    contract_version: str
-    override: str  # caution: it serves against the gate's word
+    model_version: str
+    bundle_digest: str
+    caution: str | None  # it serves against the gate's word
 
 
 class PushSaid(BaseModel):
@@ -365,7 +368,7 @@ class ReliabilitySaid(BaseModel):
     high: float
 
 
-class ExplanationSaid(BaseModel):
+class ExplanationSaid(ModelSaid):
     "The answer of `/v1/explain`: `base` and all `points` add up to `probability`."
 
     probability: float
@@ -374,7 +377,6 @@ class ExplanationSaid(BaseModel):
     base: float
     pushes: list[PushSaid]
     reliability: ReliabilitySaid
-    model: ModelSaid
 
 
 class PassengerSaid(BaseModel):
@@ -400,13 +402,12 @@ class CompanionSaid(PassengerSaid):
     distance: float  # Gower, 0 to 1
 
 
-class CompanySaid(BaseModel):
+class CompanySaid(ModelSaid):
     "The answer of `/v1/similar`."
 
     passengers: list[CompanionSaid]  # the nearest first
     lived: int
     rare: bool  # hardly anybody in training had company as far off
-    model: ModelSaid
 
 
 class FoundSaid(BaseModel):
@@ -426,12 +427,11 @@ class _Ready:
             self.explainer = Explainer(model)
         except BundleError as error:
             raise Problem("not-found", f"{error.what}; {error.do}" if error.do else error.what) from None
-        self.said = ModelSaid(
-            version=served.version,
-            digest=served.digest,
-            contract_version=model.contract_version,
-            override=served.override,
-        )
+        self.said = {
+            "model_version": served.version,
+            "bundle_digest": served.digest,
+            "caution": served.override or None,
+        }
 
     @cached_property
     def company(self) -> Company:
@@ -456,14 +456,14 @@ class _Ready:
             base=found.base,
             pushes=[PushSaid(**vars(push)) for push in found.pushes],
             reliability=ReliabilitySaid(**asdict(reliability(self.explainer.background, found.probability))),
-            model=self.said,
+            **self.said,
         )
 
     def similar(self, passenger: Mapping[str, Any], count: int) -> CompanySaid:
         near = self.company.of(passenger, max(count, _NEIGHBOURS))
         told = [CompanionSaid(**self.passenger(one.row), distance=one.distance) for one in near[:count]]
         lived = sum(one.survived for one in told)
-        return CompanySaid(passengers=told, lived=lived, rare=self.company.is_rare(near), model=self.said)
+        return CompanySaid(passengers=told, lived=lived, rare=self.company.is_rare(near), **self.said)
 
     def find(self, search: str, limit: int) -> FoundSaid:
         words = search.casefold().split()
@@ -497,8 +497,6 @@ class Explainers:
 # %% ../../nbs/05_serve/05_explain.ipynb #d20a49f1
 def _taken(body: bytes, headers: Mapping[str, str], depth: int) -> dict[str, Any]:
     "The passenger in a body. Raises `Problem` as `/v1/predict` does."
-    from titanic_mlops.serve.app import refusal, require_type  # which mounts this router
-
     require_type(
         {name.lower().encode(): value.encode("latin-1") for name, value in headers.items()},
         "application/json",

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'PROBLEM_TYPE', 'SLOWEST', 'Receive', 'BUCKETS', 'SECURITY_HEADERS', 'Headers', 'Lean', 'Problem', 'shown',
            'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'metrics_page',
-           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'as_problem', 'Front', 'pass_through']
+           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem', 'Front',
+           'pass_through']
 
 # %% ../../nbs/05_serve/02_http.ipynb #ca8a70c3
 import asyncio
 import itertools
 import json
-import logging
 import os
 import re
 import secrets
+import sys
 import time
+import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -398,7 +401,6 @@ class State:
     access: Any = None  # the access log
 
 # %% ../../nbs/05_serve/02_http.ipynb #4aedba10
-_log = logging.getLogger("titanic_mlops.serve")
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -481,7 +483,19 @@ async def take_body(request: Request, receive: Receive, clock: _Clock, limit: in
     rest.count(body)
     return body + await rest.whole()
 
-# %% ../../nbs/05_serve/02_http.ipynb #5fef077d
+# %% ../../nbs/05_serve/02_http.ipynb #63ed9541
+def say_failure(error: BaseException, request_id: str) -> None:
+    "Write an error that is ours to the standard error, as one line that Cloud Logging groups by its trace."
+    line = {
+        "severity": "ERROR",
+        "message": f"request failed: {type(error).__name__}: {error}"[:2000],
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "stack_trace": "".join(traceback.format_exception(error))[-20_000:],
+        "logging.googleapis.com/labels": {"request_id": request_id},
+    }
+    sys.stderr.write(json.dumps(line, default=str) + "\n")
+
+
 def as_problem(
     error: Exception,
     request_id: str = "",
@@ -490,7 +504,7 @@ def as_problem(
     if isinstance(error, HTTPException) and not isinstance(error, Problem):
         error = Problem(error.status_code, str(error.detail), headers=error.headers)
     if not isinstance(error, Problem):
-        _log.error("request %s failed", request_id, exc_info=error)
+        say_failure(error, request_id)
         error = Problem("internal", "it was written down; the request id finds it")
     given = error.headers or {}
     out = [(name.lower().encode(), str(value).encode("latin-1", "replace")) for name, value in given.items()]

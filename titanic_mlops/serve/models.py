@@ -4,26 +4,30 @@
 
 # %% auto #0
 __all__ = ['TRIED_ON', 'ROOM', 'Say', 'SLOWEST', 'Deliver', 'Served', 'try_out', 'short_turns', 'admit', 'Bounds', 'surely_above',
-           'Trial', 'lot', 'Canary', 'say_nothing', 'Aside', 'Slots', 'Lead', 'Models', 'state_of', 'measure', 'Watch',
-           'Follow', 'Alone', 'open_models', 'model_router']
+           'Trial', 'lot', 'Canary', 'say_nothing', 'Aside', 'Slots', 'Lead', 'Models', 'state_of', 'measure', 'Shelf',
+           'Watch', 'Follow', 'Alone', 'open_models', 'model_router']
 
 # %% ../../nbs/05_serve/06_models.ipynb #dc77dd40
+import contextlib
 import hashlib
+import json
 import math
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from ..ground.errors import BundleError, ContractError, RegistryError, TitanicError
+from ..ground.store import folder_atomic
 from ..model.bundle import Bundle
 from .fastpath import FastModel
-from .origins import Offer, Origin
+from .origins import Offer, Origin, bring
 
 # %% ../../nbs/05_serve/06_models.ipynb #5f784bf1
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def admit(
     folder: Path,  # of the bundle, whole
     offer: Offer,  # that it was fetched for
     kind: str = "champion",
-    trusted: list[str] | None = None,  # public keys, one of which must have signed; None: the settings'
+    trusted: Sequence[str] | None = None,  # public keys, one of which must have signed; None: the settings'
 ) -> Served:
     "Load what may serve. Raises `BundleError` or `ContractError` for what may not."
     where = f"version {offer.version}, {offer.place}"
@@ -405,6 +409,10 @@ class Models(Slots):
         self.lead.take_back()
         return self.champion  # type: ignore[return-value]
 
+    def state(self) -> dict[str, Any]:  # plain JSON
+        "What it says of itself."
+        return state_of(self)
+
     def close(self) -> None:
         "Follow no more, and do what is noted."
         self.lead.close()
@@ -473,8 +481,34 @@ def measure(
     )
     watch("titanic_shadow_errors", "Answers that the shadow failed on", lambda: models.shadow_errors)
 
+# %% ../../nbs/05_serve/06_models.ipynb #dbbc564b
+class Shelf:
+    "The bundles of one kind that may be needed again: that which serves, and some before it."
 
-Models.state = state_of  # type: ignore[attr-defined]
+    def __init__(self, folder: Path, memory: Path | None = None, room: int = 4):
+        self.folder, self._memory, self._room = folder, memory, room
+        self._kept: list[Path] = []  # the last one serves
+
+    def keep(self, offer: Offer, bundle: Path) -> None:
+        "Keep a bundle that serves, and forget the oldest."
+        self._kept = [*(one for one in self._kept if one != bundle), bundle]
+        while len(self._kept) > self._room:
+            shutil.rmtree(self._kept.pop(0), ignore_errors=True)
+        if self._memory is not None:
+            with contextlib.suppress(OSError), folder_atomic(self._memory, replace=True) as aside:
+                shutil.copytree(bundle, aside / "bundle")
+                (aside / "offer.json").write_text(json.dumps(asdict(offer)))
+
+    def recall(self) -> tuple[Offer, Path] | None:
+        "What served when the last process ended, if anything is known of that."
+        if self._memory is None:
+            return None
+        bundle = self._memory / "bundle"
+        try:
+            offer = Offer(**json.loads((self._memory / "offer.json").read_bytes()))
+            return offer, bring(lambda name: (bundle / name).read_bytes(), self.folder, str(self._memory))
+        except (OSError, ValueError, TypeError, TitanicError):
+            return None
 
 # %% ../../nbs/05_serve/06_models.ipynb #942237a7
 SLOWEST = 30.0  # seconds between two looks at an origin that gives no answer
@@ -487,11 +521,17 @@ class Watch:
     "One kind of model, where it comes from, and what became of the last offer."
 
     def __init__(
-        self, kind: str, origin: Origin, into: Path, deliver: Deliver, every: float, say: Say = say_nothing
+        self,
+        kind: str,
+        origin: Origin,
+        into: Path,  # folder for bundles, of this process alone
+        deliver: Deliver,
+        every: float | None = None,  # seconds between two looks; None: the origin's
+        say: Say = say_nothing,
+        memory: Path | None = None,  # folder in which what was taken last outlives the process
     ):
-        self.kind, self.origin, self._into, self._deliver, self.every, self._say = (
-            kind, origin, into, deliver, every, say,
-        )  # fmt: skip
+        self.kind, self.origin, self._deliver, self._say = kind, origin, deliver, say
+        self.every, self._shelf = every or origin.every, Shelf(into / kind, memory)
         self.offered: Offer | None = None
         self.taken = ""  # mark of the offer that serves
         self.refused: dict[str, str] = {}  # version, why, mark, evidence
@@ -509,7 +549,9 @@ class Watch:
                     "origin away", "WARNING", kind=self.kind, origin=self.origin.name, error=_line(error)
                 )
             self.away, self.failures = _line(error), self.failures + 1
-            return min(self.every * 2**self.failures, SLOWEST)
+            if not self.taken and (kept := self._shelf.recall()):
+                self._hand_on(*kept)
+            return min(self.every * 2 ** min(self.failures, 10), SLOWEST)
         if self.failures:
             self._say("origin is back", kind=self.kind, origin=self.origin.name)
         self.away, self.failures = "", 0
@@ -522,15 +564,18 @@ class Watch:
     def _take(self, offer: Offer) -> None:
         evidence = self.origin.evidence(offer)
         try:
-            self._deliver(self.kind, offer, self.origin.fetch(offer, self._into))
+            self._hand_on(offer, self.origin.fetch(offer, self._shelf.folder))
         except (BundleError, ContractError) as error:
             why = _line(error)
             self.refused = {"version": offer.version, "why": why, "mark": offer.mark, "evidence": evidence}
             self._say(
                 "model refused", "ERROR", kind=self.kind, version=offer.version, place=offer.place, why=why
             )
-        else:
-            self.taken, self.refused = offer.mark, {}
+
+    def _hand_on(self, offer: Offer, folder: Path) -> None:
+        self._deliver(self.kind, offer, folder)
+        self.taken, self.refused = offer.mark, {}
+        self._shelf.keep(offer, folder)
 
     def told(self) -> dict[str, Any]:
         "What people may know."
@@ -569,7 +614,7 @@ class Follow:
         for watch in self.watches:
             watch.step()
             bad = watch.away or watch.refused.get("why", "")
-            if watch.kind == "champion" and bad:
+            if watch.kind == "champion" and not watch.taken:
                 raise RegistryError(
                     f"there is no model to serve: {bad}",
                     where=watch.origin.name,
@@ -628,16 +673,20 @@ class Alone(Lead):
 def open_models(
     origins: Mapping[str, Origin],  # kind -> where it comes from
     into: Path,  # folder for bundles, of this process alone
-    trusted: list[str] | None = None,  # public keys, one of which must have signed; None: the settings'
-    every: float = 0.5,  # seconds between two looks
+    trusted: Sequence[str] | None = None,  # public keys, one of which must have signed; None: the settings'
+    every: float | None = None,  # seconds between two looks; None: the origins'
+    memory: Path | None = None,  # folder in which the champion outlives the process
     **kept: Any,  # share, bounds, say, log of `Models`
 ) -> Models:
     "The models of a process that decides for itself, followed from now on. Raises `TitanicError` if there is no champion."
     models = Models(**kept)
     deliver = lambda kind, offer, folder: models.install(admit(folder, offer, kind, trusted))
-    follow = Follow(
-        [Watch(kind, origin, into, deliver, every, models.say) for kind, origin in origins.items()]
-    )
+    outlives = lambda kind: memory if kind == "champion" else None
+    watches = [
+        Watch(kind, origin, into, deliver, every, models.say, outlives(kind))
+        for kind, origin in origins.items()
+    ]
+    follow = Follow(watches)
     models.lead = Alone(models, follow)
     follow.first()
     follow.start()

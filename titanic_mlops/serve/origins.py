@@ -54,6 +54,7 @@ class Origin(Protocol):
     "Where models come from."
 
     name: str  # for people
+    every: float  # seconds between two looks that are not too many
 
     def look(self) -> Offer: ...  # raises RegistryError or OSError if it can't be said
 
@@ -144,6 +145,8 @@ def _stats(folder: Path) -> str:
 
 class FolderOrigin:
     "A bundle's folder, whose contents may be replaced."
+
+    every = 0.5
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -317,6 +320,8 @@ class Place:
 class RegistryOrigin:
     "What an alias names on an MLflow server."
 
+    every = 2.0  # it has others to answer, too
+
     def __init__(
         self,
         url: str,  # of the server
@@ -379,6 +384,8 @@ _LEDGER = "select value from registered_model_tags where name = ? and key = 'led
 
 class StoreOrigin:
     "What an alias names in the embedded store."
+
+    every = 0.5
 
     def __init__(self, settings: Settings, alias: str = "champion"):
         self._settings, self.alias = settings, alias
