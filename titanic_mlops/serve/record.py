@@ -337,9 +337,9 @@ def _as(batch: "pa.RecordBatch", schema: "pa.Schema") -> "pa.RecordBatch":
     arrays = [batch.column(f.name) if f.name in there else pa.nulls(len(batch), f.type) for f in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-# %% ../../nbs/05_serve/17_record.ipynb #37bb0d18
-class Reading:
-    "Batches of records, segment by segment. Then `tally` says what was left out, and `cursor` how far it went."
+# %% ../../nbs/05_serve/17_record.ipynb #70d2eb4b
+class _Asked:
+    "What a reading is about, and how one segment is read for it."
 
     def __init__(
         self,
@@ -375,6 +375,10 @@ class Reading:
             except FileNotFoundError:  # nothing was read of it yet
                 if attempt == 2:
                     raise
+
+# %% ../../nbs/05_serve/17_record.ipynb #9c0be055
+class Reading(_Asked):
+    "Batches of records, segment by segment. Then `tally` says what was left out, and `cursor` how far it went."
 
     def __iter__(self) -> "Iterator[pa.RecordBatch]":
         sources, writers = _sources(self._folder, self._after)
