@@ -578,7 +578,7 @@ def prediction_folder(settings: Settings) -> Path:
     "Where the prediction log is."
     return Path(settings.predictions_folder or settings.store / "predictions")
 
-# %% ../../nbs/05_serve/04_predictions.ipynb #8fe340be
+# %% ../../nbs/05_serve/04_predictions.ipynb #92d653a8
 MOST_OUTCOMES = 10_000  # in one request
 
 
@@ -587,7 +587,7 @@ def outcomes_router(
 ) -> "APIRouter":
     "`POST /v1/outcomes`: what became of those who were asked about."
     from fastapi import APIRouter
-    from pydantic import BaseModel, ConfigDict, Field
+    from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
     from titanic_mlops.serve.http import Problem
 
@@ -604,10 +604,13 @@ def outcomes_router(
         recorded: int
 
     Many = Annotated[list[Outcome], Field(min_length=1, max_length=MOST_OUTCOMES)]
+    # asked by type first, so that an error is about the one form that was meant
+    form = Discriminator(lambda body: "many" if isinstance(body, list) else "one")
+    OneOrMany = Annotated[Annotated[Outcome, Tag("one")] | Annotated[Many, Tag("many")], form]
     router = APIRouter(tags=["outcomes"])
 
     @router.post("/v1/outcomes", responses={503: {"description": "They can't be recorded at the moment"}})
-    def outcomes(body: Outcome | Many) -> Recorded:
+    def outcomes(body: OneOrMany) -> Recorded:
         """Say what became of the passengers of earlier requests, by request id.
 
         Posting the same again does no harm; of outcomes that contradict each other the last one wins. Ids that are

@@ -6,7 +6,8 @@
 __all__ = ['ANSWERS', 'OUTCOMES', 'ASKED', 'MODEL', 'ROW_GROUP', 'SAID', 'Cursor', 'schema_of', 'segment_batches', 'parquet_of',
            'tidy', 'Reading', 'read_log', 'find', 'joined']
 
-# %% ../../nbs/05_serve/17_record.ipynb #c2a1f16e
+# %% ../../nbs/05_serve/17_record.ipynb #e12908c1
+import contextlib
 import fcntl
 import json
 import os
@@ -233,7 +234,7 @@ def tidy(
             done.add(_tidy_stream(place, stream))
     return done
 
-# %% ../../nbs/05_serve/17_record.ipynb #badd42db
+# %% ../../nbs/05_serve/17_record.ipynb #b0b4aa60
 Cursor = dict[str, list[int]]  # writer -> number of its segment, number of its next record
 
 
@@ -254,17 +255,17 @@ class _Source:
         raise FileNotFoundError(target)
 
 
-def _sources(folder: Path, after: Mapping[str, Sequence[int]]) -> list[_Source]:
-    "All segments that hold something behind the cursor, oldest first."
+def _sources(
+    folder: Path, after: Mapping[str, Sequence[int]]
+) -> tuple[list[_Source], set[str]]:  # oldest first, and all writers of whom something is there
+    "All segments that hold something behind the cursor."
     names: set[SegmentName] = set()
     for path in (*(folder / "_live").glob("*.[oc]*"), *folder.glob("date=*/[!.]*.parquet")):
-        try:
-            name = SegmentName.of(path.stem)
-        except ValueError:  # somebody else's
-            continue
-        if name.number >= after.get(name.writer, (0, 0))[0]:
-            names.add(name)
-    return [_Source(folder, name) for name in sorted(names, key=lambda n: (n.date, n.writer, n.number))]
+        with contextlib.suppress(ValueError):  # somebody else's file
+            names.add(SegmentName.of(path.stem))
+    new = [name for name in names if name.number >= after.get(name.writer, (0, 0))[0]]
+    new.sort(key=lambda name: (name.date, name.writer, name.number))
+    return [_Source(folder, name) for name in new], {name.writer for name in names}
 
 # %% ../../nbs/05_serve/17_record.ipynb #6fa2828c
 def _overlapping(file: "pq.ParquetFile", since: int | None, until: int | None) -> list[int]:
@@ -336,9 +337,9 @@ def _as(batch: "pa.RecordBatch", schema: "pa.Schema") -> "pa.RecordBatch":
     arrays = [batch.column(f.name) if f.name in there else pa.nulls(len(batch), f.type) for f in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-# %% ../../nbs/05_serve/17_record.ipynb #81da2dca
-class Reading:
-    "Batches of records, segment by segment. Then `tally` says what was left out, and `cursor` how far it went."
+# %% ../../nbs/05_serve/17_record.ipynb #70d2eb4b
+class _Asked:
+    "What a reading is about, and how one segment is read for it."
 
     def __init__(
         self,
@@ -354,12 +355,13 @@ class Reading:
         self.schema = pa.schema([schema_of(stream).field(name) for name in names])
         self.tally, self.cursor = Tally(), Cursor()
         self._folder, self._stream, self._after = folder, stream, after
-        self._since, self._until = since, until
+        self._since, self._until, self._ended = since, until, False
 
     def _source(self, source: _Source, after: int) -> "Iterator[pa.RecordBatch]":
         "All batches of a segment; if it gets another name while it is opened, under that one."
         for attempt in range(3):
             path = source.open()
+            self._ended = path.suffix != ".open"
             try:
                 seen = Tally()
                 if path.suffix == ".parquet":
@@ -374,11 +376,17 @@ class Reading:
                 if attempt == 2:
                     raise
 
+# %% ../../nbs/05_serve/17_record.ipynb #9c0be055
+class Reading(_Asked):
+    "Batches of records, segment by segment. Then `tally` says what was left out, and `cursor` how far it went."
+
     def __iter__(self) -> "Iterator[pa.RecordBatch]":
-        self.tally, self.cursor = Tally(), Cursor()
-        for source in _sources(self._folder, self._after):
+        sources, writers = _sources(self._folder, self._after)
+        self.tally = Tally()
+        self.cursor = {w: [*place] for w, place in self._after.items() if w in writers}
+        for source in sources:
             number, after = self._after.get(source.name.writer, (0, 0))
-            after = after if source.name.number == number else 0
+            after = after if source.name.number == number else 0  # numbers go on in the next segment
             last = after
             for batch in self._source(source, after):
                 if len(batch):
@@ -387,7 +395,8 @@ class Reading:
                 if len(wanted):
                     self.tally.records += len(wanted)
                     yield _as(wanted, self.schema)
-            self.cursor[source.name.writer] = [source.name.number, last]
+            # nothing will follow in a segment that is closed: it need not be opened again
+            self.cursor[source.name.writer] = [source.name.number + self._ended, last]
 
     def table(self) -> "pa.Table":
         "All of it in memory."

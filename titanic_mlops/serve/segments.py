@@ -369,7 +369,7 @@ class SegmentWriter(_Appending):
             self.state.abandon()
         self.file = self.state = None
 
-# %% ../../nbs/05_serve/16_segments.ipynb #92760aba
+# %% ../../nbs/05_serve/16_segments.ipynb #5f5a91bf
 @dataclass(frozen=True)
 class Recovery:
     "What a writer that ended without a word has left behind."
@@ -382,6 +382,7 @@ class Recovery:
     torn_bytes: int = 0
     dropped: int = 0  # refused for want of room, while it lived
     sampled_out: int = 0
+    stream: str = "records"  # what they are
 
     @property
     def text(self) -> str:
@@ -391,7 +392,7 @@ class Recovery:
             f"{self.lost:,} are lost" + (torn if self.torn_bytes else "") if self.lost else "nothing was lost"
         )
         return (
-            f"process {self.writer.split('-')[1]} was killed: of {self.accepted:,} records "
+            f"process {self.writer.split('-')[1]} was killed: of {self.accepted:,} {self.stream} "
             f"{self.kept:,} are on the disk, {lost}"
         )
 
@@ -434,7 +435,7 @@ def _dead(path: Path) -> int | None:  # a handle that holds the lock; None: its 
     os.close(handle)
     return None
 
-# %% ../../nbs/05_serve/16_segments.ipynb #a67e71b7
+# %% ../../nbs/05_serve/16_segments.ipynb #a237abde
 def recover(
     folder: Path,  # of the stream
 ) -> list[Recovery]:
@@ -454,7 +455,8 @@ def recover(
             kept = max(written, last)
             accepted = max(accepted, kept)
             torn = (tally.torn_records, tally.torn_bytes)
-            found.append(Recovery(path.stem, accepted, kept, accepted - kept, *torn, dropped, sampled))
+            lost = accepted - kept
+            found.append(Recovery(path.stem, accepted, kept, lost, *torn, dropped, sampled, live.parent.name))
             path.unlink()
         finally:
             os.close(handle)
@@ -463,5 +465,6 @@ def recover(
         if segment.exists() and not (live / f"{writer}.state").exists():
             tally = Tally()
             last = _cut(segment, tally)
-            found.append(Recovery(writer, last, last, 0, tally.torn_records, tally.torn_bytes))
+            torn = (tally.torn_records, tally.torn_bytes)
+            found.append(Recovery(writer, last, last, 0, *torn, stream=live.parent.name))
     return found
