@@ -122,8 +122,8 @@ def main(bundle: str) -> None:
 
     from titanic_mlops.ground.settings import settings
     from titanic_mlops.serve.access import open_access
-    from titanic_mlops.serve.app import OneModel, create_app
-    from titanic_mlops.serve.protocols import inference_router, mlflow_router
+    from titanic_mlops.serve.app import create_app
+    from titanic_mlops.serve.predict import OneModel
     from titanic_mlops.serve.security import open_guard
 
     model = Half()
@@ -133,12 +133,8 @@ def main(bundle: str) -> None:
 
         model = FastModel(Bundle(bundle, []))
     own = settings()
-    app = create_app(OneModel(model, "7"), open_guard(own), None, own)
-    app.state.access = open_access(own)
-    if not any(getattr(route, "path", "") == "/invocations" for route in app.app.routes):
-        app.app.include_router(mlflow_router(app.state))
-        app.app.include_router(inference_router(app.state))
-    app.large |= {"/invocations", "/v2/models/titanic/infer"}
+    access = open_access(own)
+    app = create_app(OneModel(model, "7"), open_guard(own), None, own, access)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it is done
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
@@ -146,8 +142,7 @@ def main(bundle: str) -> None:
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
-        if app.state.access is not None:
-            app.state.access.close()
+        access.close()
 
 
 if __name__ == "__main__":
