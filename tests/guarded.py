@@ -142,7 +142,8 @@ def main(bundle: str) -> None:
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
-        access.close()
+        if access is not None:
+            access.close()
 
 
 if __name__ == "__main__":
