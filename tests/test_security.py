@@ -282,7 +282,6 @@ def test_the_commands(fresh: Checkout):
     assert found[id]["state"] == "revoked" and len(found) == 2
     for wrong, word in (
         (["new", "--name", "x", "--scope", "predikt"], "predict"),
-        (["new", "--name", "x", "--expires", "soon"], "90d"),
         (["revoke", "nobody"], id),
     ):
         done = fresh.titanic("keys", *wrong)
