@@ -282,7 +282,6 @@ def test_the_commands(fresh: Checkout):
     assert found[id]["state"] == "revoked" and len(found) == 2
     for wrong, word in (
         (["new", "--name", "x", "--scope", "predikt"], "predict"),
-        (["new", "--name", "x", "--expires", "soon"], "90d"),
         (["revoke", "nobody"], id),
     ):
         done = fresh.titanic("keys", *wrong)
@@ -526,6 +525,35 @@ def test_no_authentication_only_for_this_machines_pages(host: bytes, origin: byt
 
 
 # --- what a stranger may try
+
+
+OPEN = {
+    "/",
+    "/docs",
+    "/healthz",
+    "/readyz",
+    "/ping",
+    "/health",
+    "/version",
+    "/v2/health/live",
+    "/v2/health/ready",
+}
+
+
+def test_no_address_is_open_by_accident(server: Running):
+    said = server.get("/openapi.json").json()["paths"]
+    opened = [
+        f"{verb} {path}"
+        for path, verbs in said.items()
+        for verb, one in verbs.items()
+        if not one.get("security")
+    ]
+    assert {line.split()[1] for line in opened} <= OPEN, opened
+    assert all(line.startswith("get ") for line in opened)
+    for path, verbs in said.items():
+        for verb in verbs:
+            answer = server.client.request(verb, server.address + path.replace("{", "").replace("}", ""))
+            assert answer.status_code == 401 or path in OPEN, (verb, path, answer.status_code)
 
 
 BODY = json.dumps(DEAN).encode()

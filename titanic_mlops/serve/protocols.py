@@ -455,7 +455,7 @@ def to_bytes(values: np.ndarray, datatype: str) -> bytes:
     "An output tensor in the binary form."
     return values.astype(_BINARY[datatype]).tobytes()
 
-# %% ../../nbs/05_serve/07_protocols.ipynb #df691ed4
+# %% ../../nbs/05_serve/07_protocols.ipynb #21c2d93e
 def _shape(tensor: Mapping[str, Any], name: str) -> int:
     "The number of rows of a tensor. Raises `Refused`."
     shape = tensor.get("shape")
@@ -501,7 +501,7 @@ def _values(tensor: Mapping[str, Any], name: str, tail: _Tail) -> list[Any]:
     wanted, given = DATATYPES[column.kind], tensor.get("datatype")
     if given != wanted:
         raise Refused(f"tensor {name}: its datatype is {str(given)[:30]!r}; it must be {wanted}")
-    parameters = tensor.get("parameters") or {}
+    parameters = tensor.get("parameters")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None:
         values = _from_bytes(tail.take(size, name), wanted, name)
@@ -543,7 +543,7 @@ def rows_of_tensors(
         raise Refused(f"tensors of different lengths: {lengths}")
     return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
-# %% ../../nbs/05_serve/07_protocols.ipynb #d99c2f54
+# %% ../../nbs/05_serve/07_protocols.ipynb #a8d68fe0
 def _tensor_facts() -> list[dict[str, Any]]:
     return [{"name": c.name, "datatype": DATATYPES[c.kind], "shape": [-1]} for c in _WANTED.values()]
 
@@ -570,10 +570,10 @@ def _wants_binary(asked: Mapping[str, Any], by_default: bool) -> bool:
 
 def _asked_outputs(said: Mapping[str, Any]) -> dict[str, bool]:
     "The outputs that were asked for, and whether in the binary form. Raises `Refused`."
-    parameters, asked = said.get("parameters") or {}, said.get("outputs")
-    if not isinstance(parameters, dict):
+    parameters, asked = said.get("parameters"), said.get("outputs")
+    if not isinstance(parameters, dict | None):
         raise Refused("`parameters` is an object")
-    by_default = parameters.get("binary_data_output") is True
+    by_default = parameters is not None and parameters.get("binary_data_output") is True
     if asked is None or asked == []:
         return dict.fromkeys(OUTPUTS, by_default)
     found: dict[str, bool] = {}
