@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['console', 'ENGINES', 'said_plainly', 'score']
 
-# %% ../../nbs/07_face/08_score.ipynb #229b2275
+# %% ../../nbs/07_face/08_score.ipynb #6dca6792
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ..ground.settings import settings
 if TYPE_CHECKING:
     from titanic_mlops.serve.batch import Scored
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
 
 # %% ../../nbs/07_face/08_score.ipynb #c16ad938
 _EVERY = 10.0  # seconds between two plain lines
@@ -45,7 +46,7 @@ def _plain() -> Iterator[Callable[[str], Callable[[int, float], None]]]:
             now = time.monotonic()
             if now - last >= _EVERY:
                 last = now
-                console.print(said_plainly(name, rows, share, now - start), markup=False)
+                print(said_plainly(name, rows, share, now - start), flush=True)
 
         return listen
 
@@ -118,26 +119,26 @@ def score(
     _require_columns(keep)
     model, version = open_champion(own, bundle)
     task = Task(version, model.digest, model.threshold if threshold is None else threshold, keep)
-    console.print(f"model {version} ({model.digest[:12]}), survives from {task.threshold:g}", markup=False)
+    print(f"model {version} ({model.digest[:12]}), survives from {task.threshold:g}", flush=True)
     errors: list[TitanicError] = []
 
     def finished(one: Any) -> None:
         if isinstance(one, TitanicError):
             errors.append(one)
         else:
-            console.print(str(one), markup=False)
+            print(one, flush=True)
 
     try:
         with _bars() if console.is_terminal else _plain() as listener:
             run(model, source, out, task, own, force=force, ending="csv" if csv else "parquet",
                 listener=listener, finished=finished)  # fmt: skip
     except KeyboardInterrupt:
-        console.print("interrupted; finished parts are kept, the same command goes on from there")
+        print("interrupted; finished parts are kept, the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
     except TitanicError as error:
         for other in errors:
             if other is not error:
-                console.print(f"{type(other).__name__}: {other}", markup=False)
+                print(f"{type(other).__name__}: {other}", file=sys.stderr)
         raise
 
 # %% ../../nbs/07_face/08_score.ipynb #871da363

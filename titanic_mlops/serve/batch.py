@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -171,7 +172,9 @@ class ParquetRows:
             with pq.ParquetFile(self._handle) as parquet:
                 repeating = _repeating(parquet.metadata)
             self._handle = file.path if file.is_local else file.open()
-            self._parquet = pq.ParquetFile(self._handle, read_dictionary=repeating)
+            self._parquet = pq.ParquetFile(
+                self._handle, read_dictionary=repeating, buffer_size=1 << 20
+            )  # not a whole column
         self.rows: int = self._parquet.metadata.num_rows
         header = [name for name in self._parquet.schema_arrow.names if name != "__index_level_0__"]
         if not self.rows:
@@ -480,8 +483,9 @@ def pa_mask(flags: np.ndarray) -> "pa.BooleanArray":
 
     return pa.array(flags)
 
-# %% ../../nbs/05_serve/12_batch.ipynb #9f726f51
-PART_ROWS = 8 * BATCH_ROWS
+# %% ../../nbs/05_serve/12_batch.ipynb #2e7ec2c6
+PART_ROWS = 4 * BATCH_ROWS
+_FLUSH = 1.0  # seconds between two flushes to the disk
 _FRAME = struct.Struct("<4sQI")  # magic, length and checksum of what follows
 _MAGIC = b"TITB"
 
@@ -505,10 +509,12 @@ class Journal:
                 "another process is scoring into this file", where=str(path), do="wait for it, or stop it"
             ) from None
         self._file.seek(0)
+        self._flushed = 0.0
         said = canonical_json(key)
         if self._read() != said:
             self._file.truncate(0)
             self.write(said)
+        self._begins = _FRAME.size + len(said)
 
     def _read(self) -> bytes | None:
         "The next frame; None if there is none that is whole, and what is there is cut off."
@@ -544,13 +550,18 @@ class Journal:
         try:
             while len(left):
                 left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            if time.monotonic() - self._flushed > _FLUSH:
+                os.fsync(self._file.fileno())
+                self._flushed = time.monotonic()
         except OSError:
             self._file.truncate(at)
             raise
 
     def close(self, remove: bool = False) -> None:
-        if remove:
+        "Let go of the journal. One without a part is removed in any case."
+        if self._file.closed:
+            return
+        if remove or os.fstat(self._file.fileno()).st_size <= self._begins:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
