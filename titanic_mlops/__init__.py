@@ -11,10 +11,17 @@ MODULES = {
     **dict.fromkeys(("strategies", "contract_versions"), "data"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
     **dict.fromkeys(("fairness", "robustness", "conditions", "selftest", "ledger", "lineage", "cards"), "model"),
+    **dict.fromkeys(("background",), "model"),
+    **dict.fromkeys(("explain", "page"), "serve"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
-    **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
-    **dict.fromkeys(("registry_commands", "document_commands"), "face"),
+    **dict.fromkeys(("fastpath", "http", "predict", "bulk", "app", "origins", "models"), "serve"),
+    **dict.fromkeys(("server", "security", "access", "predictions", "segments", "record"), "serve"),
+    **dict.fromkeys(("protocols",), "serve"),
+    **dict.fromkeys(("columns", "batch"), "serve"),
+    **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
+    **dict.fromkeys(("serve_commands", "key_commands"), "face"),
+    **dict.fromkeys(("score_commands",), "face"),
 }
 
 

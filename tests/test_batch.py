@@ -1,0 +1,307 @@
+"""What a notebook can't show of batch: features that three paths derive alike, real processes that are killed, buckets, full disks."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from checkout import BIN, ROOT, Checkout, checkout
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_sources import free_port, process
+
+from titanic_mlops.data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame, features, title
+from titanic_mlops.data.rowcheck import check_records, to_table
+from titanic_mlops.data.sources import EMBEDDED, canonical, read
+from titanic_mlops.data.strategies import anybody, passengers
+from titanic_mlops.model.bundle import BundleInfo, Lineage, to_onnx, write_bundle
+from titanic_mlops.model.train import Candidate, fit
+from titanic_mlops.serve import batch as scoring
+from titanic_mlops.serve.columns import TOLERANCE, Encoder, _Titles, open_model
+
+LISTED = canonical(read(EMBEDDED).frame)
+KNOWN_BEFORE = LISTED.drop(columns=["survived", "boat", "body", "home_dest"])
+ROWS = int(os.environ.get("CONTRACT_ROWS", 300))
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A logistic regression in a bundle."
+    inputs = [*NUMERIC, *CATEGORICAL]
+    info = BundleInfo(candidate="logistic", hyperparameters={}, calibration="none", inputs=inputs, split={}, figures={},
+                      reference={})  # fmt: skip
+    outcome, ticket = LISTED.survived.to_numpy(int), LISTED.ticket.to_numpy(str)
+    graph = to_onnx(fit(Candidate("logistic"), feature_frame(LISTED), outcome, ticket))
+    folder = tmp_path_factory.mktemp("bundle")
+    write_bundle(
+        folder, graph, info, Lineage(git_commit="0" * 40, snapshot="t", data_sha256="0" * 64, seed=0)
+    )
+    return folder
+
+
+@pytest.fixture
+def ship(tmp_path: Path, bundle: Path) -> Checkout:
+    "The command line, in a folder with the list as Parquet."
+    own = checkout(tmp_path)
+    KNOWN_BEFORE.to_parquet(own.folder / "list.parquet", index=False)
+    return own
+
+
+def score(own: Checkout, bundle: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+    return own.titanic("score", *arguments, "--bundle", str(bundle), **more)
+
+
+# --- one definition, three paths
+
+
+def same(one: object, other: object) -> bool:
+    return one == other or (one != one and other != other)
+
+
+@settings(max_examples=max(ROWS // 10, 10), deadline=None, suppress_health_check=SLOW)
+@given(st.lists(passengers(("feature", "label")), min_size=1, max_size=20))
+def test_features_of_dictionaries_frames_and_columns_are_the_same(records: list[dict]):
+    table, refused = to_table(records)
+    assert not refused
+    [batch] = table.combine_chunks().to_batches()
+    encoder = Encoder(with_deck=True)
+    arrow = encoder.derive(encoder(batch))
+    frame = feature_frame(pd.DataFrame(table.to_pylist()))
+    for row, record in enumerate(records):
+        wanted = features(record)
+        for name in (*NUMERIC, *CATEGORICAL, *DOUBTFUL):
+            assert same(arrow[name][row], wanted[name]), (name, record)
+            assert same(frame[name].iloc[row], wanted[name]), (name, record)
+
+
+@settings(max_examples=ROWS, deadline=None)
+@given(st.lists(st.text(st.sampled_from("., \tMrsthe éİ\u2003") | st.characters(codec="utf-8")), max_size=40))
+def test_the_title_of_any_text(names: list[str]):
+    titles = _Titles()
+    assert [titles.known[code] for code in titles(pa.array(names, pa.string()))] == [
+        title(one) for one in names
+    ]
+
+
+@settings(max_examples=max(ROWS // 10, 10), deadline=None, suppress_health_check=SLOW)
+@given(st.data())
+def test_probabilities_are_those_of_the_graph(bundle: Path, data: st.DataObject):
+    records = data.draw(st.lists(passengers(("feature", "label")), min_size=1, max_size=20))
+    model = _opened(bundle)
+    [batch] = to_table(records)[0].combine_chunks().to_batches()
+    assert np.abs(model.predict(batch) - model.model.many(records)).max() <= TOLERANCE
+    assert model.by_terms
+
+
+_MODELS: dict[Path, object] = {}
+
+
+def _opened(bundle: Path):
+    return _MODELS.setdefault(bundle, open_model(bundle))
+
+
+@settings(max_examples=max(ROWS // 10, 10), deadline=None, suppress_health_check=SLOW)
+@given(st.data())
+def test_rows_are_rejected_for_what_the_contract_says(bundle: Path, data: st.DataObject):
+    records = data.draw(st.lists(anybody(), min_size=1, max_size=10))
+    table, refused = to_table(records)
+    told = [scoring.Rejected(one.row + 1, one.column, one.rule, None) for one in refused]
+    [batch] = table.combine_chunks().to_batches()
+    probabilities, rejected = scoring.score_batch(_opened(bundle), batch, 0, told)
+    broken = {
+        name: rows
+        for name, rows in check_records(records).broken.items()
+        if name not in ("one_row_each", "home_dest")
+    }
+    wanted = {int(row) + 1 for rows in broken.values() for row in rows}
+    unknown = {
+        one.row for one in told if one.field == "home_dest"
+    }  # of a rule that only warns, but no text at all
+    assert {one.row for one in rejected} | unknown == wanted | unknown
+    assert set(np.flatnonzero(np.isnan(probabilities)) + 1) == {one.row for one in rejected}
+
+
+# --- killed, and taken up again
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_and_writes_the_same_bytes(ship: Checkout, bundle: Path):
+    big = pa.concat_tables([pq.read_table(ship.folder / "list.parquet")] * 1200)  # 1.6 million rows, 6 parts
+    pq.write_table(big, ship.folder / "big.parquet", row_group_size=200_000)
+    whole = score(ship, bundle, "big.parquet", "whole.parquet", "--columns", "name")
+    assert whole.returncode == 0, whole.stderr
+    random, resumed = np.random.default_rng(1912), 0
+    journal = ship.folder / ".killed.parquet.journal"
+    for _ in range(3):
+        running = ship.start(
+            "score", "big.parquet", "killed.parquet", "--columns", "name", "--bundle", str(bundle)
+        )
+        size = journal.stat().st_size if journal.exists() else 0
+        deadline = time.monotonic() + 60
+        while running.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and journal.stat().st_size > size + 2000:
+                break
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.1))
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+        if not (ship.folder / "killed.parquet").exists():
+            resumed += 1
+    assert resumed  # at least one of them was killed before its end
+    done = score(ship, bundle, "big.parquet", "killed.parquet", "--columns", "name")
+    assert done.returncode == 0, done.stderr
+    assert "in a run before" in done.stdout or "unchanged" in done.stdout
+    assert (ship.folder / "killed.parquet").read_bytes() == (ship.folder / "whole.parquet").read_bytes()
+    assert not [one.name for one in ship.folder.iterdir() if one.name.startswith(".")]
+
+
+def test_once_is_enough_until_something_changes(ship: Checkout, bundle: Path):
+    assert "unchanged" not in score(ship, bundle, "list.parquet", "out.csv").stdout
+    assert "unchanged" in score(ship, bundle, "list.parquet", "out.csv").stdout
+    assert "unchanged" not in score(ship, bundle, "list.parquet", "out.csv", "--threshold", "0.7").stdout
+    KNOWN_BEFORE.head(1000).to_parquet(ship.folder / "list.parquet", index=False)
+    done = score(ship, bundle, "list.parquet", "out.csv")
+    assert "1000 of 1000" in done.stdout and "unchanged" not in done.stdout
+    assert len(pd.read_csv(ship.folder / "out.csv")) == 1000
+    record = json.loads((ship.folder / "out.csv.scored.json").read_text())
+    assert record["rows"] == 1000 and record["of"]["digest"]
+
+
+# --- what can't be done
+
+
+def test_bad_input_is_one_clear_error(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    good = KNOWN_BEFORE.head(20)
+    cases = {
+        "no.parquet": (b"PAR1" + bytes(100), "can't be read"),
+        "empty.csv": (b"", "the file is empty"),
+        "header.csv": (b"name,sex,age,pclass,sibsp,parch,ticket,fare,cabin,embarked\n", "holds no rows"),
+        "latin.csv": (good.to_csv(index=False).replace("Mr", "Mÿ").encode("latin-1"), "not UTF-8"),
+        "sexx.csv": (good.rename(columns={"sex": "sexx"}).to_csv(index=False).encode(), "did you mean 'sex'"),
+        "lacks.csv": (good.drop(columns="fare").to_csv(index=False).encode(), "'fare' is missing"),
+        "quote.csv": (good.to_csv(index=False).encode() + b'1,"open', "the CSV can't be read"),
+    }
+    for name, (content, _) in cases.items():
+        Path(name).write_bytes(content)
+    good.head(0).to_parquet("none.parquet")
+    good.assign(age="old").to_parquet("types.parquet")
+    expected = {name: said for name, (_, said) in cases.items()}
+    expected |= {"none.parquet": "holds no rows", "types.parquet": "column age is"}
+    model, own = _opened(bundle), scoring.Settings(store=tmp_path / "store")
+    for name, said in expected.items():
+        with pytest.raises(scoring.TitanicError) as error:
+            scoring.score(model, name, "out.parquet", scoring.Task("1", model.digest, 0.5), own)
+        assert said in str(error.value) and name in str(error.value), (name, str(error.value))
+        assert not Path("out.parquet").exists()
+    assert not list(tmp_path.glob(".out*")), "partial files were left"
+
+
+def test_one_bad_file_does_not_stop_the_others(ship: Checkout, bundle: Path):
+    lists = ship.folder / "lists"
+    (lists / "deep").mkdir(parents=True)
+    KNOWN_BEFORE.to_csv(lists / "a.csv.gz", index=False)
+    (lists / "b.parquet").write_bytes(b"PAR1, or not")
+    (lists / "deep" / "c.ndjson").write_text(
+        KNOWN_BEFORE.head(9).to_json(orient="records", lines=True) + '{"pclass": 4}\nno\n'
+    )
+    done = score(ship, bundle, "lists", "out/")
+    assert done.returncode == 2 and "b.parquet" in done.stderr
+    assert len(pq.read_table(ship.folder / "out" / "a.parquet")) == 1309
+    assert len(pq.read_table(ship.folder / "out" / "deep" / "c.parquet")) == 9
+    rejected = pq.read_table(ship.folder / "out" / "deep" / "c.rejected.parquet").to_pylist()
+    assert {one["row"] for one in rejected} == {10, 11}
+    assert {"row": 11, "field": "", "rule": "a line is one JSON object", "value": "no"} in rejected
+
+
+def test_a_full_disk_keeps_what_is_done(ship: Checkout, bundle: Path):
+    big = pa.concat_tables([pq.read_table(ship.folder / "list.parquet")] * 600)
+    pq.write_table(big, ship.folder / "big.parquet")
+    command = f"ulimit -f 2000; exec {BIN / 'titanic'} score big.parquet out.parquet --bundle {bundle}"  # of 1,024 bytes
+    full = subprocess.run(["bash", "-c", command], cwd=ship.folder, env=ship.environment(), capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert full.returncode == 2, full.stdout + full.stderr
+    assert "full" in full.stderr and "the same command again" in full.stderr
+    assert not (ship.folder / "out.parquet").exists()
+    done = score(ship, bundle, "big.parquet", "out.parquet")
+    assert done.returncode == 0 and "in a run before" in done.stdout, done.stdout + done.stderr
+    assert len(pq.read_table(ship.folder / "out.parquet")) == len(big)
+
+
+def test_the_champion_of_a_store_without_mlflow_in_the_process(bundle: Path):
+    code = "import sys, titanic_mlops.serve.batch; print(*sys.modules)"
+    done = subprocess.run(
+        [str(BIN / "python"), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    heavy = {
+        "pandas",
+        "sklearn",
+        "mlflow",
+        "prefect",
+        "ray",
+        "great_expectations",
+        "pandera",
+        "fastcore",
+        "onnx",
+    }
+    assert not heavy & set(done.stdout.split())
+
+
+# --- buckets
+
+
+@pytest.mark.long
+def test_s3(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    import s3fs
+
+    port = free_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "a")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with process([str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(port)], port) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        bucket = s3fs.S3FileSystem()
+        bucket.mkdir("ship")
+        _through_a_bucket(bucket, "s3", bundle, tmp_path)
+
+
+@pytest.mark.long
+def test_cloud_storage(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    import gcsfs
+
+    port = free_port()
+    start = [
+        "-d",
+        str(tmp_path / "gcs"),
+        "start",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--default-bucket=ship",
+    ]
+    with process([str(BIN / "gcp-storage-emulator"), *start], port) as url:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        _through_a_bucket(gcsfs.GCSFileSystem(token="anon"), "gs", bundle, tmp_path)
+
+
+def _through_a_bucket(bucket, protocol: str, bundle: Path, tmp_path: Path) -> None:
+    bucket.pipe("ship/lists/a.parquet", KNOWN_BEFORE.to_parquet(index=False))
+    bucket.pipe("ship/lists/b.csv", KNOWN_BEFORE.head(50).to_csv(index=False).encode())
+    model, own = _opened(bundle), scoring.Settings(store=tmp_path / "store")
+    task = scoring.Task("1", model.digest, 0.5)
+    first = scoring.score(model, f"{protocol}://ship/lists/*", f"{protocol}://ship/out/", task, own)
+    assert [(one.rows, one.recalled) for one in first] == [(1309, False), (50, False)]
+    bucket.invalidate_cache()
+    with bucket.open("ship/out/a.parquet") as file:
+        assert pq.read_table(file).num_rows == 1309
+    again = scoring.score(model, f"{protocol}://ship/lists/*", f"{protocol}://ship/out/", task, own)
+    assert [one.recalled for one in again] == [True, True]
+    assert not list((tmp_path / "store" / "scoring").iterdir())
