@@ -13,8 +13,11 @@ MODULES = {
     **dict.fromkeys(("fairness", "robustness", "conditions", "selftest", "ledger", "lineage", "cards"), "model"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
-    **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
-    **dict.fromkeys(("registry_commands", "document_commands"), "face"),
+    **dict.fromkeys(("fastpath", "http", "app", "origins", "models"), "serve"),
+    **dict.fromkeys(("server", "security", "access", "predictions", "segments"), "serve"),
+    **dict.fromkeys(("record",), "serve"),
+    **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
+    **dict.fromkeys(("serve_commands", "key_commands"), "face"),
 }
 
 
