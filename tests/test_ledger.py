@@ -312,6 +312,76 @@ def test_changed_code_is_found_by_the_command(story, tmp_path: Path):
     assert "neither the installed package nor commit" in said.stdout
 
 
+# --- from an answer of the server
+
+
+@pytest.fixture(scope="module")
+def answered(story) -> tuple[Checkout, Settings, dict]:
+    "The champion has answered for one passenger, and that is on record."
+    from titanic_mlops.model.registry import Registry
+    from titanic_mlops.serve.app import OneModel
+    from titanic_mlops.serve.fastpath import FastModel
+    from titanic_mlops.serve.predictions import PredictionLog, prediction_folder
+
+    own, ours = story
+    registry = Registry(ours)
+    version = registry.alias("champion")
+    served = OneModel(FastModel(registry.fetch(version)), str(version.number)).champion
+    passenger = {"pclass": 3, "name": "Dean, Miss. Millvina", "sex": "female", "age": 0.17, "sibsp": 1, "parch": 2, "ticket": "C.A. 2315", "fare": 20.575}  # fmt: skip
+    probability = served.model.one(passenger)
+    log = PredictionLog(prediction_folder(ours), tidies=False, say=lambda *_, **__: None)
+    log.append("dean-1", 10**18, served, passenger, probability)
+    log.append("dean-2", 10**18, served, passenger | {"age": 80.0}, probability)  # whoever wrote that, lied
+    log.append("dean-3", 10**18, served, passenger, probability, kind="shadow")
+    log.close()
+    said = {"request_id": "dean-1", "probability": probability, "model_version": str(version.number)}
+    return own, ours, said | {"bundle_digest": version.digest, "survives": True, "threshold": 0.5}
+
+
+def broken_from(ours: Settings, request_id: str, said: dict | None = None) -> list[str]:
+    from titanic_mlops.flow.verify import verify_answer
+    from titanic_mlops.serve.predictions import find, prediction_folder
+
+    return verify_answer(ours, find(prediction_folder(ours), request_id), said).broken
+
+
+@pytest.mark.long
+def test_the_chain_from_an_answer(answered):
+    own, _, said = answered
+    kept = own.folder / "answer.json"
+    kept.write_text(json.dumps(said))
+    for begin in (["--response", str(kept)], ["--request-id", "dean-1"]):
+        done = own.titanic("verify", *begin)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for link in ("record", "answer", "model version", "bundle", "run", "step ingest", "data", "ledger"):
+            assert f"✓ {link} " in done.stdout, (link, done.stdout)
+    wrong = own.titanic("verify", "--response", str(kept), "--request-id", "dean-1")
+    assert wrong.returncode == 2 and "a walk begins at one place" in wrong.stderr
+    kept.write_text("<html>")
+    assert own.titanic("verify", "--response", str(kept)).returncode == 2
+
+
+@pytest.mark.long
+def test_an_answer_that_was_changed_is_found_and_its_link_named(answered):
+    own, ours, said = answered
+    assert not broken_from(ours, "dean-1", said)
+    for name, other in {"probability": 0.5, "model_version": "1", "bundle_digest": "0" * 64}.items():
+        assert "record" in broken_from(ours, "dean-1", said | {name: other})
+    assert broken_from(ours, "dean-1", {"request_id": "dean-1"}) == ["response"]
+    assert "record" in broken_from(ours, "nobody", said | {"request_id": "nobody"})
+    assert broken_from(ours, "dean-3") == ["record"]  # of a shadow's answer nobody was told
+    assert broken_from(ours, "dean-2") == ["answer"]
+    [segment] = (own.store / "predictions" / "answers" / "_live").glob("*.closed")
+    with changed(segment):
+        assert "record" in broken_from(ours, "dean-1", said)
+    with changed(one(own.store, f"bundles/{said['bundle_digest']}/model.onnx")):
+        assert "bundle" in broken_from(ours, "dean-1", said)
+    with changed(one(own.store, "artifacts/*/*.parquet")):
+        assert broken_from(ours, "dean-1", said) == ["data"]
+    with changed(one(own.store, "steps/validate/*/outputs/rows.parquet")):
+        assert "step validate" in broken_from(ours, "dean-1", said)
+
+
 # --- back, and what stays
 
 

@@ -84,13 +84,13 @@ def _require_server() -> None:
         )
 
 
-def _make_app(own: Settings, no_auth: bool) -> Any:
+def _make_app(own: Settings, open_to: str) -> Any:
     "What makes the app in each worker, and closes what it has opened."
 
     def make(models: "Models") -> Any:
-        from titanic_mlops.serve.app import create_app
+        from titanic_mlops.serve.app import open_app
 
-        return create_app(models, None, None, own), lambda: None
+        return open_app(models, own, open_to)
 
     return make
 
@@ -132,9 +132,11 @@ def serve(
 
     origins = origins_of(own, bundle, alias, shadow, canary)
     plan = Plan(origins, host, port, workers, share, every, linger, grace, tuple(own.trusted))
-    raise typer.Exit(run(plan, own.store, _make_app(own, no_auth), ready))
+    raise typer.Exit(run(plan, own.store, _make_app(own, host if no_auth else ""), ready))
 
 
 def _keys(own: Settings) -> int:
-    "How many keys there are."
-    return 0
+    "How many keys there are that hold; an issuer of tokens counts as one."
+    from titanic_mlops.serve.security import keys_file, read_keys
+
+    return sum(key.state() == "valid" for key in read_keys(keys_file(own))) + bool(own.auth_issuer)

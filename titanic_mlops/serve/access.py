@@ -53,14 +53,18 @@ def read_trace(
     return Trace(match[2].decode(), match[3].decode(), bool(int(match[4], 16) & 1))
 
 # %% ../../nbs/05_serve/15_access.ipynb #756b72bd
-_SECRETS = re.compile(r"(titanic_[0-9a-f]{12}_)[\w~.-]+|\beyJ[\w-]{6,}\.[\w-]+\.[\w-]*", re.ASCII)
+_SECRETS = re.compile(r"(titanic_[0-9a-f]{12}_)[\w~.-]+|eyJ[\w.-]{6,}", re.ASCII)
+_LONG = re.compile(r"[\w-]{40,}", re.ASCII)
 
 
-def without_secrets(text: str) -> str:
-    "The text with keys and tokens blacked out."
-    if "titanic_" not in text and "eyJ" not in text:
-        return text
-    return _SECRETS.sub(lambda match: f"{match[1] or ''}[secret]", text)
+def without_secrets(
+    text: str,
+    long: bool = True,  # whether any long word counts as a secret
+) -> str:
+    "The text with keys, tokens and what may be one blacked out."
+    if "titanic_" in text or "eyJ" in text:
+        text = _SECRETS.sub(lambda match: f"{match[1] or ''}[secret]", text)
+    return _LONG.sub("[secret]", text) if long else text
 
 
 def _quoted(
@@ -229,7 +233,7 @@ def _client(client: str) -> bytes:
 def _caller(principal: str) -> bytes:
     return b',"principal":' + _quoted(principal, 400) if principal else b""
 
-# %% ../../nbs/05_serve/15_access.ipynb #c784d21c
+# %% ../../nbs/05_serve/15_access.ipynb #e137c530
 class AccessLog:
     "Writes down each request. What `serve.http.Front` calls at the end of one."
 
@@ -266,7 +270,7 @@ class AccessLog:
             self._due -= 1
         agent, id = headers.get(b"user-agent"), request.id
         if "titanic_" in id or "eyJ" in id:
-            id = without_secrets(id)
+            id = without_secrets(id, long=False)
         self.writer.put(
             b'%b,"responseSize":"%d","latency":"%.6fs","remoteIp":%b%b},"time":"%b"%b,'
             b'"logging.googleapis.com/labels":{"request_id":"%b"%b%b}}\n'
@@ -301,7 +305,7 @@ def _attributes(request: Any, status: int) -> dict[str, Any]:
         "user_agent.original": without_secrets(request.headers.get(b"user-agent", b"").decode("latin-1"))[
             :200
         ],
-        "titanic.request_id": without_secrets(request.id),
+        "titanic.request_id": without_secrets(request.id, long=False),
     }
 
 

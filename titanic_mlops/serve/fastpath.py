@@ -57,6 +57,7 @@ class FastModel:
         require_compatible(bundle.folder, where=repr(bundle))
         self.info, self.lineage = bundle.info, bundle.lineage
         self.digest, self.folder = bundle.digest, bundle.folder
+        self.session, self.background = bundle.session, bundle.background  # for explanations
         self.contract_version = bundle.info.contract_version
         self.threshold = bundle.info.threshold
         self._run = bundle.session.run

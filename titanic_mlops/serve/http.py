@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'PROBLEM_TYPE', 'SLOWEST', 'Receive', 'BUCKETS', 'SECURITY_HEADERS', 'Headers', 'Lean', 'Problem', 'shown',
-           'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'Metrics',
-           'metrics_page', 'State', 'Request', 'first_piece', 'take_body', 'as_problem', 'Front', 'pass_through']
+           'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'metrics_page',
+           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem', 'Front',
+           'pass_through']
 
 # %% ../../nbs/05_serve/02_http.ipynb #ca8a70c3
 import asyncio
 import itertools
 import json
-import logging
 import os
 import re
 import secrets
+import sys
 import time
+import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -310,6 +313,18 @@ class _Watched:
                 family.add_metric([] if of is None else [label], float(number))
             yield family
 
+# %% ../../nbs/05_serve/02_http.ipynb #3677427a
+def metrics_page(registry: Any, watched: Any) -> bytes:
+    "Counts of all workers, and the watched numbers of this one."
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = prometheus.CollectorRegistry()
+        MultiProcessCollector(registry)
+    looked = prometheus.CollectorRegistry()
+    looked.register(watched)
+    return prometheus.generate_latest(registry) + prometheus.generate_latest(looked)
+
 # %% ../../nbs/05_serve/02_http.ipynb #cd326ded
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 
@@ -364,18 +379,6 @@ class Metrics:
         "All there is, in Prometheus' text format."
         return metrics_page(self.registry, self._watched)
 
-
-def metrics_page(registry: Any, watched: Any) -> bytes:
-    "Counts of all workers, and the watched numbers of this one."
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        from prometheus_client.multiprocess import MultiProcessCollector
-
-        registry = prometheus.CollectorRegistry()
-        MultiProcessCollector(registry)
-    looked = prometheus.CollectorRegistry()
-    looked.register(watched)
-    return prometheus.generate_latest(registry) + prometheus.generate_latest(looked)
-
 # %% ../../nbs/05_serve/02_http.ipynb #ba544858
 SECURITY_HEADERS: list[tuple[bytes, bytes]] = [
     (b"x-content-type-options", b"nosniff"),
@@ -398,7 +401,6 @@ class State:
     access: Any = None  # the access log
 
 # %% ../../nbs/05_serve/02_http.ipynb #4aedba10
-_log = logging.getLogger("titanic_mlops.serve")
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -461,7 +463,7 @@ async def first_piece(receive: Receive, clock: _Clock, now: float) -> dict[str, 
     finally:
         clock.waiting.pop(task, None)
 
-
+# %% ../../nbs/05_serve/02_http.ipynb #dd1375f5
 async def take_body(request: Request, receive: Receive, clock: _Clock, limit: int) -> bytes:
     "The whole body of a request, the usual case first. Raises `Problem`."
     headers = request.headers
@@ -481,7 +483,19 @@ async def take_body(request: Request, receive: Receive, clock: _Clock, limit: in
     rest.count(body)
     return body + await rest.whole()
 
-# %% ../../nbs/05_serve/02_http.ipynb #5fef077d
+# %% ../../nbs/05_serve/02_http.ipynb #63ed9541
+def say_failure(error: BaseException, request_id: str) -> None:
+    "Write an error that is ours to the standard error, as one line that Cloud Logging groups by its trace."
+    line = {
+        "severity": "ERROR",
+        "message": f"request failed: {type(error).__name__}: {error}"[:2000],
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "stack_trace": "".join(traceback.format_exception(error))[-20_000:],
+        "logging.googleapis.com/labels": {"request_id": request_id},
+    }
+    sys.stderr.write(json.dumps(line, default=str) + "\n")
+
+
 def as_problem(
     error: Exception,
     request_id: str = "",
@@ -490,7 +504,7 @@ def as_problem(
     if isinstance(error, HTTPException) and not isinstance(error, Problem):
         error = Problem(error.status_code, str(error.detail), headers=error.headers)
     if not isinstance(error, Problem):
-        _log.error("request %s failed", request_id, exc_info=error)
+        say_failure(error, request_id)
         error = Problem("internal", "it was written down; the request id finds it")
     given = error.headers or {}
     out = [(name.lower().encode(), str(value).encode("latin-1", "replace")) for name, value in given.items()]
@@ -525,11 +539,12 @@ class Front:
         state: State,
         lean: Mapping[str, Lean] | None = None,  # path -> a POST route that is answered here
         scopes: Mapping[str, str] | None = None,  # beginning of a path -> the permission it needs
-        large: Sequence[str] = (),  # paths whose bodies may be as large as a batch
+        large: Mapping[str, int] | None = None,  # beginning of a path -> bytes that its bodies may have
     ):
         self.app, self.state = app, state
-        self.lean, self.large = dict(lean or {}), frozenset(large)
+        self.lean, self.large = dict(lean or {}), dict(large or {})
         self.scopes = sorted((scopes or {}).items(), key=lambda one: -len(one[0]))
+        self._needs = {path: self.permission(path) for path in self.lean}
         self.clock, self.ended = _Clock(state.limits.seconds), 0.0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Any) -> None:
@@ -562,10 +577,15 @@ class Front:
         "Ask the guard who this is. Raises `Problem`."
         if self.state.guard is None:
             return
-        for beginning, permission in self.scopes:
-            if request.path.startswith(beginning):
-                request.principal = self.state.guard.check(request.headers, permission, request.client)
-                return
+        needed = self._needs.get(request.path)
+        if needed is None:
+            needed = self.permission(request.path)
+        if needed:
+            request.principal = self.state.guard.check(request.headers, needed, request.client)
+
+    def permission(self, path: str) -> str:
+        "Which permission an address needs; empty: none."
+        return next((needed for beginning, needed in self.scopes if path.startswith(beginning)), "")
 
     def done(self, request: Request, route: str, status: int, size: int) -> None:
         "Count the answer, and write it down."
@@ -579,7 +599,8 @@ class Front:
 def _bounded(front: Front, request: Request, receive: Receive) -> Body:
     "The body of a request to the app behind. Raises `Problem`."
     limits, headers = front.state.limits, request.headers
-    limit = limits.batch_body if request.path in front.large else limits.body
+    larger = [bytes for beginning, bytes in front.large.items() if request.path.startswith(beginning)]
+    limit = max(larger, default=limits.body)
     if int(headers.get(b"content-length", 0)) > limit:
         raise too_large(limit)
     return Body(receive, limit, limits.seconds, headers.get(b"content-encoding", b"").lower())

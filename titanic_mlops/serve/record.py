@@ -158,7 +158,7 @@ def segment_batches(
         tally.records += len(rows)
         yield _batch(stream, rows, fields, {"writer": name.writer, "redacted": redacted}, tally)
 
-# %% ../../nbs/05_serve/17_record.ipynb #fb4454ec
+# %% ../../nbs/05_serve/17_record.ipynb #73cb7d10
 SAID = b"titanic"  # key in the Parquet metadata
 
 
@@ -179,7 +179,11 @@ def _to_parquet(segment: Path, stream: str, target: Path) -> Tally:
     words = [field.name for field in schema_of(stream) if str(field.type).startswith("dictionary")]
     try:
         with pq.ParquetWriter(
-            aside, schema_of(stream), compression="zstd", use_dictionary=words, write_page_index=True
+            aside,
+            schema_of(stream),
+            compression="zstd",
+            use_dictionary=words,
+            write_page_checksum=True,  # a byte that has changed is an error, and no other number
         ) as out:
             for batch in segment_batches(segment, stream, tally):
                 out.write_batch(batch, row_group_size=ROW_GROUP)
@@ -262,7 +266,7 @@ def _sources(folder: Path, after: Mapping[str, Sequence[int]]) -> list[_Source]:
             names.add(name)
     return [_Source(folder, name) for name in sorted(names, key=lambda n: (n.date, n.writer, n.number))]
 
-# %% ../../nbs/05_serve/17_record.ipynb #0b6ac367
+# %% ../../nbs/05_serve/17_record.ipynb #6fa2828c
 def _overlapping(file: "pq.ParquetFile", since: int | None, until: int | None) -> list[int]:
     "Row groups that may hold such times."
     place = file.schema_arrow.get_field_index("time")
@@ -289,15 +293,22 @@ def _microseconds(when: datetime | int) -> int:
 def _from_parquet(
     path: Path, names: list[str], since: int | None, until: int | None, tally: Tally
 ) -> "Iterator[pa.RecordBatch]":
+    "A Parquet file's batches; from one that is damaged those before the damage."
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        said = (file.metadata.metadata or {}).get(SAID)
-        if said:
-            tally.add(Tally(**json.loads(said) | {"records": 0}))
-        there = [name for name in names if name in file.schema_arrow.names]
-        groups = _overlapping(file, since, until)
-        yield from file.iter_batches(ROW_GROUP, row_groups=groups, columns=there)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            said = (file.metadata.metadata or {}).get(SAID)
+            if said:
+                tally.add(Tally(**json.loads(said) | {"records": 0}))
+            there = [name for name in names if name in file.schema_arrow.names]
+            groups = _overlapping(file, since, until)
+            yield from file.iter_batches(ROW_GROUP, row_groups=groups, columns=there)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
+        tally.unreadable += 1
 
 # %% ../../nbs/05_serve/17_record.ipynb #97dedac3
 def _within(batch: "pa.RecordBatch", since: int | None, until: int | None, after: int) -> "pa.RecordBatch":

@@ -66,7 +66,7 @@ def _frame_at(file: BinaryIO, at: int) -> Frame | None:  # None: there is no who
         return None
     return Frame(kind, content, count, first, at + _START + length)
 
-# %% ../../nbs/05_serve/16_segments.ipynb #509f6db1
+# %% ../../nbs/05_serve/16_segments.ipynb #27a5b184
 @dataclass
 class Tally:
     "What was read, and what could not be."
@@ -77,6 +77,7 @@ class Tally:
     torn_bytes: int = 0  # behind the last whole frame; of a live segment: a frame that is just being written
     torn_records: int = 0  # that the tail held, as far as its headers can be read
     unended: int = 0  # closed segments without their closing frame: nobody knows what followed
+    unreadable: int = 0  # Parquet files that are damaged, read up to there
     unfit: int = 0  # values that did not fit their column, and were left out
 
     def add(self, other: "Tally") -> None:
@@ -93,6 +94,7 @@ class Tally:
         if self.torn_bytes:
             parts.append(f"a torn tail of {self.torn_bytes:,} bytes with {self.torn_records:,} records")
         parts += [f"{self.unended:,} segments without their end"] if self.unended else []
+        parts += [f"{self.unreadable:,} damaged Parquet files"] if self.unreadable else []
         parts += [f"{self.unfit:,} values that did not fit"] if self.unfit else []
         return ", ".join(parts)
 
