@@ -85,7 +85,7 @@ def main(bundle: str) -> dict:
         for thread in threads:
             thread.start()
         time.sleep(2)
-        dead = other.unique_id if hasattr(other, "unique_id") else other.node_id
+        dead = other.node_id
         seen["before"] = seen["answers"]
         cluster.remove_node(other, allow_graceful=False)
         seen["noticed"] = until(lambda: len(replicas()) == 2 and dead not in replicas())

@@ -27,7 +27,7 @@ class Arguments(BaseModel):
 
     bundle: str = ""  # folder, instead of the registry
     alias: str = "champion"  # in the registry
-    no_auth: bool = False  # answer everybody; only where nobody else can reach the proxy
+    no_auth: bool = False  # answer who asks for a loopback name; for trials on one machine
     every: float = 0.5  # seconds between two looks at the registry
 
 # %% ../../nbs/05_serve/13_ray_app.ipynb #93e8f388
@@ -46,9 +46,10 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> Any:
         "Called by Ray Serve in the replica; what it returns answers the requests."
-        from titanic_mlops.serve.app import create_app
+        from titanic_mlops.serve.app import open_app
 
-        return create_app(self.models, None, None, self.own)
+        app, self.close = open_app(self.models, self.own, "127.0.0.1" if self.arguments.no_auth else "")
+        return app
 
     def check_health(self) -> None:
         "Raise `BundleError` if there is no model to answer with."
@@ -60,6 +61,7 @@ class Server:
     def __del__(self) -> None:
         models = getattr(self, "models", None)
         if models is not None:
+            getattr(self, "close", lambda: None)()
             models.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 
