@@ -53,7 +53,8 @@ bench: $(READY) ## print the benchmarks beside their baselines
 LOCK = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --annotation-style line --quiet $(ARGS)
 lock: $(READY) ## renew requirements/*.lock from pyproject.toml; newest versions: ARGS=--upgrade
 	@$(LOCK) --extra dev -o requirements/dev.lock >/dev/null
-	@$(LOCK) --extra serve -c requirements/dev.lock -o requirements/serve.lock >/dev/null
+	@$(LOCK) --extra serve --extra tracing --extra gcp -c requirements/dev.lock -o requirements/serve.lock >/dev/null
+	@$(LOCK) --extra ray --extra gcp -c requirements/dev.lock -o requirements/ray.lock >/dev/null
 	@$(LOCK) --extra pipeline -c requirements/dev.lock -o requirements/pipeline.lock >/dev/null
 
 clean: ## remove what can be made again (not .venv, not the store)

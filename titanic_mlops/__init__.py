@@ -19,6 +19,7 @@ MODULES = {
     **dict.fromkeys(("server", "security", "access", "predictions", "segments", "record"), "serve"),
     **dict.fromkeys(("protocols",), "serve"),
     **dict.fromkeys(("columns", "batch"), "serve"),
+    **dict.fromkeys(("ray_app",), "serve"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
     **dict.fromkeys(("serve_commands", "key_commands"), "face"),
     **dict.fromkeys(("score_commands",), "face"),
