@@ -13,6 +13,7 @@ MODULES = {
     **dict.fromkeys(("fairness", "robustness", "conditions", "selftest", "ledger", "lineage", "cards"), "model"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
+    **dict.fromkeys(("alerts",), "watch"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
     **dict.fromkeys(("registry_commands", "document_commands"), "face"),
 }
