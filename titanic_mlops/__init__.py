@@ -11,9 +11,12 @@ MODULES = {
     **dict.fromkeys(("strategies", "contract_versions"), "data"),
     **dict.fromkeys(("train", "evaluate", "bundle", "gate", "registry", "plots", "report"), "model"),
     **dict.fromkeys(("fairness", "robustness", "conditions", "selftest", "ledger", "lineage", "cards"), "model"),
+    **dict.fromkeys(("background",), "model"),
+    **dict.fromkeys(("explain", "page"), "serve"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
-    **dict.fromkeys(("alerts",), "watch"),
+    **dict.fromkeys(("drift", "alerts"), "watch"),
+    **dict.fromkeys(("fastpath", "http", "app"), "serve"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
     **dict.fromkeys(("registry_commands", "document_commands"), "face"),
 }

@@ -57,8 +57,27 @@ class _IniSource(PydanticBaseSettingsSource):
                 values[name] = str(file.parent / values[name])
         return values
 
+# %% ../../nbs/01_ground/02_settings.ipynb #5a11b0d5
+class _LimitSettings(BaseSettings):
+    "What one request to the server may ask for."
+
+    serve_body_bytes: Annotated[int, Field(ge=256, description="largest body of a request, unpacked")] = (
+        65_536
+    )
+    serve_batch_bytes: Annotated[int, Field(ge=256, description="largest body of a batch, unpacked")] = (
+        67_108_864
+    )
+    serve_batch_rows: Annotated[int, Field(ge=1, description="most passengers in a batch")] = 100_000
+    serve_json_depth: Annotated[int, Field(ge=2, le=100, description="deepest nesting of JSON")] = 20
+    serve_seconds: Annotated[
+        float, Field(gt=0, description="seconds that a body may take before its rate counts")
+    ] = 10
+    serve_cors: Annotated[
+        str, Field(description="origins whose pages may ask, comma between; empty: only our own")
+    ] = ""
+
 # %% ../../nbs/01_ground/02_settings.ipynb #ac178da1
-class Settings(BaseSettings):
+class Settings(_LimitSettings):
     "Where things run and are kept. Raises `SettingsError` through `settings()`."
 
     model_config = SettingsConfigDict(env_prefix="TITANIC_", extra="forbid", frozen=True)

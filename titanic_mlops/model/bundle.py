@@ -22,6 +22,7 @@ from ..data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame
 from ..ground.errors import BundleError
 from ..ground.settings import settings
 from ..ground.store import canonical_json, digest, write_atomic
+from .background import BACKGROUND, Background, read_background
 
 if TYPE_CHECKING:
     import numpy as np
@@ -255,6 +256,7 @@ def write_bundle(
     info: BundleInfo,
     lineage: Lineage,
     signing_key: Path | str = "",  # file of the private key; empty: no signature
+    background: bytes = b"",  # from `background_json`; empty: the bundle predicts, and explains nothing
 ) -> str:  # the bundle's digest
     "Write a bundle; returns the digest of what it is, regardless of where it came from."
     contents = {
@@ -262,7 +264,9 @@ def write_bundle(
         "bundle.json": (info.model_dump_json(indent=2) + "\n").encode(),
         "lineage.json": (lineage.model_dump_json(indent=2) + "\n").encode(),
         CONTRACT_FILE: contract_json().encode(),
-    }
+    } | ({BACKGROUND: background} if background else {})
+    if not background:  # of an older one
+        (Path(folder) / BACKGROUND).unlink(missing_ok=True)
     for name, content in contents.items():
         write_atomic(Path(folder) / name, content)
     files = {name: digest(content) for name, content in sorted(contents.items())}
@@ -314,6 +318,9 @@ class Bundle:
             raise BundleError(
                 f"the bundle's description is not understood: {error}", where=str(folder)
             ) from error
+        self.background: Background | None = None  # without one, nothing is explained
+        if BACKGROUND in files:
+            self.background = read_background((folder / BACKGROUND).read_bytes(), str(folder / BACKGROUND))
         self.folder = folder
         self.session = open_graph((folder / "model.onnx").read_bytes())
 

@@ -22,6 +22,7 @@ from ..data.contract_versions import compatible
 from ..data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame
 from ..data.leaks import AUC_LIMIT, refuse_revealing, refuse_shared
 from ..ground.errors import ContractError, LeakError
+from .background import BACKGROUND
 from .bundle import Bundle, BundleInfo, run_graph
 from .evaluate import MIN_SLICE, Estimate, slice_keys, ticket_draws
 from titanic_mlops.model.gate import (
@@ -158,8 +159,9 @@ def one_by_one(
 
 # %% ../../nbs/03_model/14_conditions.ipynb #a09022ea
 def bundle_bytes(bundle: Bundle) -> int:
-    "Size of a bundle's files."
-    return sum(file.stat().st_size for file in Path(bundle.folder).iterdir() if file.is_file())
+    "Size of a bundle's files without its background: passengers make no model larger or smaller."
+    files = (file for file in Path(bundle.folder).iterdir() if file.name != BACKGROUND)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def cost_conditions(
