@@ -15,10 +15,12 @@ MODULES = {
     **dict.fromkeys(("explain", "page"), "serve"),
     **dict.fromkeys(("kernels", "configuration", "workbench", "steps", "cache", "execution"), "flow"),
     **dict.fromkeys(("records", "pipeline", "services", "reporting", "verify", "figures"), "flow"),
-    **dict.fromkeys(("drift", "alerts"), "watch"),
-    **dict.fromkeys(("fastpath", "http", "app"), "serve"),
-    **dict.fromkeys(("cli", "contract_commands", "gate_commands"), "face"),
-    **dict.fromkeys(("registry_commands", "document_commands"), "face"),
+    **dict.fromkeys(("fastpath", "http", "predict", "bulk", "app", "origins", "models"), "serve"),
+    **dict.fromkeys(("server", "security", "access", "predictions", "segments", "record"), "serve"),
+    **dict.fromkeys(("protocols",), "serve"),
+    **dict.fromkeys(("drift", "alerts", "monitor"), "watch"),
+    **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
+    **dict.fromkeys(("serve_commands", "key_commands"), "face"),
 }
 
 

@@ -16,9 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import document_commands, registry_commands
+from . import document_commands, registry_commands, serve_commands
 from .contract_commands import contract_app
 from .gate_commands import gate_app
+from .key_commands import keys_app
 from ..ground.errors import SettingsError, explain
 from ..ground.settings import Settings, settings
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(contract_app, name="contract")
 app.add_typer(gate_app, name="gate")
+app.add_typer(keys_app, name="keys")
 console = Console(highlight=False, soft_wrap=True)
 
 # %% ../../nbs/07_face/01_cli.ipynb #a3cba12f
@@ -460,6 +462,7 @@ for command in (
     registry_commands.rollback,
     registry_commands.promote,
     registry_commands.verify,
+    serve_commands.serve,
 ):
     app.command()(command)
 app.add_typer(registry_commands.bundle, name="bundle")

@@ -6,6 +6,7 @@
 __all__ = ['console', 'bundle', 'history', 'rollback', 'promote', 'verify', 'keygen', 'sign', 'verify_bundle']
 
 # %% ../../nbs/07_face/04_registry.ipynb #3631fed4
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from ..ground.errors import ParameterError, SettingsError
 from ..ground.settings import settings
 
 if TYPE_CHECKING:
+    from titanic_mlops.flow.verify import Chain
     from titanic_mlops.model.ledger import Entry
     from titanic_mlops.model.registry import Registry
 
@@ -148,6 +150,24 @@ def promote(
     )
     console.print("Next: [bold]titanic run[/] scores with it; [bold]titanic rollback[/] takes it back")
 
+# %% ../../nbs/07_face/04_registry.ipynb #7be20c11
+def _walk_answer(response: Path | None, request_id: str) -> "Chain":
+    "The walk from an answer: from its file, or from its record alone."
+    from titanic_mlops.flow.verify import verify_answer
+    from titanic_mlops.serve.predictions import find, prediction_folder
+
+    said = None
+    if response is not None:
+        try:
+            said = json.loads(response.read_bytes())
+        except (OSError, ValueError) as error:
+            what = f"the answer can't be read ({type(error).__name__})"
+            raise ParameterError(what, where=str(response), do="save the body of /v1/predict") from None
+        if not isinstance(said, dict):
+            raise ParameterError("an answer is one JSON object", where=str(response))
+        request_id = str(said.get("request_id", ""))
+    return verify_answer(settings(), find(prediction_folder(settings()), request_id), said)
+
 # %% ../../nbs/07_face/04_registry.ipynb #e80ae4cc
 def verify(
     file: Annotated[
@@ -156,11 +176,25 @@ def verify(
             help="scored rows, .csv or .parquet; those of the last run by default", show_default=False
         ),
     ] = None,
+    response: Annotated[
+        Path | None,
+        typer.Option("--response", help="an answer of the server, as JSON, instead", show_default=False),
+    ] = None,
+    request_id: Annotated[
+        str,
+        typer.Option("--request-id", help="of an answer in the prediction log, instead", show_default=False),
+    ] = "",
 ) -> None:
-    "Walk from scored rows back to model, run, notebooks, code, data and ledger, and check every link."
+    "Walk from scored rows, or an answer of the server, back to model, run, notebooks, code, data and ledger."
     from titanic_mlops.flow.verify import verify as walk
 
-    chain = walk(settings(), file)
+    if sum(map(bool, (file, response, request_id))) > 1:
+        raise ParameterError(
+            "a walk begins at one place",
+            rule="a file of scored rows, --response FILE, or --request-id ID",
+            do="leave the others out",
+        )
+    chain = _walk_answer(response, request_id) if response or request_id else walk(settings(), file)
     for link in chain.links:
         sign = "[green]✓[/]" if link.whole else "[red]✗[/]"
         console.print(

@@ -52,7 +52,7 @@ class _IniSource(PydanticBaseSettingsSource):
                 raise SettingsError(
                     f"unknown setting {name!r}", where=f"{file}, [{SECTION}]", do=nearest(name, known)
                 )
-        for name in ("store", "signing_key"):
+        for name in ("store", "signing_key", "auth_keys", "predictions_folder"):
             if values.get(name) and not Path(values[name]).is_absolute():
                 values[name] = str(file.parent / values[name])
         return values
@@ -76,8 +76,82 @@ class _LimitSettings(BaseSettings):
         str, Field(description="origins whose pages may ask, comma between; empty: only our own")
     ] = ""
 
+# %% ../../nbs/01_ground/02_settings.ipynb #c4a1b7e1
+class _PredictionSettings(BaseSettings):
+    "What is recorded of the server's answers."
+
+    predictions_folder: Annotated[
+        str, Field(description="folder of the prediction log; empty: `predictions` in the store")
+    ] = ""
+    predictions_share: Annotated[
+        float, Field(ge=0, le=1, description="share of the requests that is recorded; 0: none")
+    ] = 1
+    predictions_redact: Annotated[
+        str,
+        Field(description="what is not recorded as it is: `field=drop`, `hash` or `title`, comma between"),
+    ] = "name=title"
+    predictions_salt: Annotated[
+        str, Field(description="secret key of hashed fields; only in the environment", repr=False)
+    ] = ""
+    predictions_queue: Annotated[
+        int, Field(ge=1, le=1_000_000, description="answers that may wait in memory to be recorded")
+    ] = 20_000
+    predictions_when_full: Annotated[
+        str,
+        Field(
+            pattern="^(drop|refuse)$",
+            description="drop: answer without a record; refuse: 503, no answer without a record",
+        ),
+    ] = "drop"
+    predictions_sync_seconds: Annotated[
+        float, Field(gt=0, le=60, description="seconds from one flush of the prediction log to the next")
+    ] = 0.5
+    predictions_rotate_mb: Annotated[
+        int, Field(ge=1, le=4096, description="megabytes after which a segment becomes Parquet")
+    ] = 64
+    predictions_rotate_seconds: Annotated[
+        float, Field(gt=0, description="seconds after which a segment becomes Parquet")
+    ] = 3600
+
+# %% ../../nbs/01_ground/02_settings.ipynb #5ec5e771
+class _GuardSettings(BaseSettings):
+    "Who may ask the server, and how often."
+
+    auth_keys: Annotated[str, Field(description="file of the API keys; empty: keys.json in the store")] = ""
+    auth_issuer: Annotated[str, Field(description="OIDC issuer of accepted tokens; empty: no tokens")] = ""
+    auth_audience: Annotated[str, Field(description="audience that a token must name")] = ""
+    auth_jwks: Annotated[
+        str, Field(description="the issuer's public keys, address or file; empty: by OIDC discovery")
+    ] = ""
+    auth_leeway: Annotated[int, Field(ge=0, le=300, description="seconds that clocks may differ")] = 30
+    auth_failures: Annotated[
+        int, Field(ge=1, description="wrong credentials a minute that one client may send")
+    ] = 30
+    rate_limit: Annotated[
+        float, Field(ge=0, description="requests a second of one principal to one worker; 0: no limit")
+    ] = 1000
+    rate_burst: Annotated[int, Field(ge=1, description="requests that may come at once")] = 2000
+
+
+class _AccessSettings(BaseSettings):
+    "What the server writes of each request."
+
+    access_log: Annotated[str, Field(description="file of the access log; -: stdout, empty: none")] = "-"
+    access_sample: Annotated[
+        float, Field(ge=0, le=1, description="share of successful requests that is logged; errors always are")
+    ] = 1.0
+    access_project: Annotated[
+        str, Field(pattern="^[a-z0-9:.-]*$", description="Google Cloud project of the traces in log lines")
+    ] = ""
+    trace_endpoint: Annotated[
+        str, Field(description="OTLP/HTTP address that traces are sent to; empty: no traces")
+    ] = ""
+    trace_sample: Annotated[
+        float, Field(ge=0, le=1, description="share of requests traced, where the caller has not decided")
+    ] = 1.0
+
 # %% ../../nbs/01_ground/02_settings.ipynb #ac178da1
-class Settings(_LimitSettings):
+class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSettings):
     "Where things run and are kept. Raises `SettingsError` through `settings()`."
 
     model_config = SettingsConfigDict(env_prefix="TITANIC_", extra="forbid", frozen=True)

@@ -57,6 +57,7 @@ def _flush_folder(folder: Path) -> None:
 def write_atomic(
     path: Path,  # the file; its folder is made
     content: bytes | str,  # text is written as UTF-8
+    mode: int = 0o644,  # permissions; 0o600 for what nobody else should read
 ) -> Path:  # the same path
     "Write a file whole or not at all."
     path = Path(path)
@@ -67,7 +68,7 @@ def write_atomic(
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
+        os.chmod(aside, mode)
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)

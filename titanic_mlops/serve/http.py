@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'PROBLEM_TYPE', 'SLOWEST', 'Receive', 'BUCKETS', 'SECURITY_HEADERS', 'Headers', 'Lean', 'Problem', 'shown',
-           'field_error', 'strict_json', 'Limits', 'Disconnected', 'Body', 'too_large', 'request_id', 'Metrics',
-           'State', 'Request', 'first_piece', 'take_body', 'as_problem', 'Front']
+           'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'metrics_page',
+           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'as_problem', 'Front', 'pass_through']
 
 # %% ../../nbs/05_serve/02_http.ipynb #ca8a70c3
 import asyncio
@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import prometheus_client as prometheus
@@ -203,6 +204,28 @@ class Disconnected(Exception):
     "The client has gone; there is nobody to answer."
 
 
+def too_large(limit: int) -> Problem:
+    "The answer to a body that is over the limit; the connection closes, so that the rest need not be read."
+    return Problem("too-large", f"a body has at most {limit} bytes", headers={"connection": "close"})
+
+
+class _Gunzip:
+    "Unpacks a gzip stream, at most so much at a time."
+
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(31)
+
+    def __call__(self, packed: bytes, room: int, last: bool) -> bytes:
+        "The next piece, up to `room` bytes. Raises `Problem`."
+        try:
+            body = self._inflate.decompress(packed, room)
+        except zlib.error:
+            raise Problem("malformed-body", "the body is not gzip, though content-encoding says so") from None
+        if last and len(body) < room and (not self._inflate.eof or self._inflate.unused_data):
+            raise Problem("malformed-body", "the gzip stream is cut short, or something comes after it")
+        return body
+
+# %% ../../nbs/05_serve/02_http.ipynb #ce6f4b09
 class Body:
     "ASGI's `receive`, bounded in bytes and time, gzip unpacked. Raises `Problem`."
 
@@ -214,12 +237,10 @@ class Body:
         encoding: bytes = b"",  # of the content
     ):
         if encoding not in (b"", b"identity", b"gzip"):
-            raise Problem(
-                "unsupported-media-type",
-                f"content-encoding {shown(encoding.decode('latin-1'))} is not taken; gzip is",
-            )
+            said = shown(encoding.decode("latin-1"))
+            raise Problem("unsupported-media-type", f"content-encoding {said!r} is not taken; gzip is")
         self._receive, self._limit, self._seconds = receive, limit, seconds
-        self._inflate = zlib.decompressobj(31) if encoding == b"gzip" else None
+        self._unpack = _Gunzip() if encoding == b"gzip" else None
         self._start, self._received, self._size = time.monotonic(), 0, 0
 
     async def __call__(self) -> dict[str, Any]:
@@ -229,48 +250,33 @@ class Body:
             async with asyncio.timeout(max(left, 0)):
                 message = await self._receive()
         except TimeoutError:
-            raise Problem(
-                "timeout",
-                f"the body had not come after {self._seconds:g} s, nor at {SLOWEST} bytes a second from then on",
-                headers={"connection": "close"},
-            ) from None
+            said = f"the body had not come after {self._seconds:g} s, nor at {SLOWEST} bytes a second from then on"
+            raise Problem("timeout", said, headers={"connection": "close"}) from None
         if message["type"] == "http.disconnect":
             raise Disconnected
-        self._received += len(message.get("body", b""))
-        if self._inflate is not None:
-            message = {**message, "body": self._unpacked(message)}
-        self._size += len(message.get("body", b""))
+        body = message.get("body", b"")
+        self._received += len(body)
+        if self._unpack is not None:
+            room = self._limit - self._size + 1
+            body = self._unpack(body, room, not message.get("more_body"))
+        self._size += len(body)
         if self._size > self._limit:
             raise too_large(self._limit)
-        return message
+        return {"type": "http.request", "body": body, "more_body": message.get("more_body", False)}
 
-    def _unpacked(self, message: dict[str, Any]) -> bytes:
-        packed, room = message.get("body", b""), self._limit - self._size + 1
-        try:
-            body = self._inflate.decompress(packed, room)
-        except zlib.error:
-            raise Problem("malformed-body", "the body is not gzip, though content-encoding says so") from None
-        if (
-            len(body) < room
-            and not message.get("more_body")
-            and (not self._inflate.eof or self._inflate.unused_data)
-        ):
-            raise Problem("malformed-body", "the gzip stream is cut short, or something comes after it")
-        return body
+    def count(self, piece: bytes) -> None:
+        "Count a piece that somebody else has received."
+        self._received += len(piece)
+        self._size += len(piece)
 
     async def whole(self) -> bytes:
         "All of it."
         parts, more = [], True
         while more:
             message = await self()
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
+            parts.append(message["body"])
+            more = message["more_body"]
         return b"".join(parts)
-
-
-def too_large(limit: int) -> Problem:
-    "The answer to a body that is over the limit; the connection closes, so that the rest need not be read."
-    return Problem("too-large", f"a body has at most {limit} bytes", headers={"connection": "close"})
 
 # %% ../../nbs/05_serve/02_http.ipynb #d5d11362
 _HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}").fullmatch
@@ -287,6 +293,35 @@ def request_id(
         _PROCESS[:] = [os.getpid(), secrets.token_hex(8), itertools.count(1)]
     return f"{_PROCESS[1]}-{next(_PROCESS[2]):x}"
 
+# %% ../../nbs/05_serve/02_http.ipynb #d9e9986c
+class _Watched:
+    "Numbers that are read when somebody looks; what prometheus_client calls a collector."
+
+    def __init__(self) -> None:
+        self.read: dict[str, tuple[str, Callable[[], float | Mapping[str, float]]]] = {}
+
+    def collect(self) -> Any:
+        "Gauges, one for each number."
+        for name, (meaning, read) in self.read.items():
+            value = read()
+            of = value if isinstance(value, Mapping) else None
+            family = GaugeMetricFamily(name, meaning, labels=None if of is None else ["of"])
+            for label, number in {"": value}.items() if of is None else of.items():
+                family.add_metric([] if of is None else [label], float(number))
+            yield family
+
+# %% ../../nbs/05_serve/02_http.ipynb #3677427a
+def metrics_page(registry: Any, watched: Any) -> bytes:
+    "Counts of all workers, and the watched numbers of this one."
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = prometheus.CollectorRegistry()
+        MultiProcessCollector(registry)
+    looked = prometheus.CollectorRegistry()
+    looked.register(watched)
+    return prometheus.generate_latest(registry) + prometheus.generate_latest(looked)
+
 # %% ../../nbs/05_serve/02_http.ipynb #cd326ded
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 
@@ -295,23 +330,20 @@ class Metrics:
     "What a worker counts, and the page of all workers."
 
     def __init__(self) -> None:
-        self.registry = prometheus.CollectorRegistry()
-        made = {"registry": self.registry}
-        self._requests = prometheus.Counter(
-            "titanic_requests", "Requests answered", ("route", "method", "status"), **made
+        self.registry, self._watched = prometheus.CollectorRegistry(), _Watched()
+        counter = partial(prometheus.Counter, registry=self.registry)
+        self._requests = counter("titanic_requests", "Requests answered", ("route", "method", "status"))
+        self._predictions = counter(
+            "titanic_predictions", "Passengers predicted", ("version", "arm", "survives")
         )
         self._seconds = prometheus.Histogram(
             "titanic_request_seconds",
-            "From the request's headers to the answer's end",
+            "From a request's headers to the end of its answer",
             ("route",),
             buckets=BUCKETS,
-            **made,
-        )
-        self._predictions = prometheus.Counter(
-            "titanic_predictions", "Passengers predicted", ("version", "arm", "survives"), **made
+            registry=self.registry,
         )
         self._children: dict[Any, tuple[Any, Any]] = {}
-        self._watched: dict[str, tuple[str, Callable[[], float | Mapping[str, float]]]] = {}
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         "Count an answer and its time."
@@ -327,12 +359,9 @@ class Metrics:
     def predicted(self, version: str, arm: str, survives: bool, number: int = 1) -> None:
         "Count predictions."
         key = (version, arm, survives)
-        try:
-            self._children[key][0].inc(number)
-        except KeyError:
-            child = self._predictions.labels(version, arm, str(survives).lower())
-            self._children[key] = child, None
-            child.inc(number)
+        if key not in self._children:
+            self._children[key] = self._predictions.labels(version, arm, str(survives).lower()), None
+        self._children[key][0].inc(number)
 
     def watch(
         self,
@@ -341,30 +370,11 @@ class Metrics:
         read: Callable[[], float | Mapping[str, float]],  # asked at each scrape; a mapping: by `of`
     ) -> None:
         "Show a number of this worker as it is when somebody looks."
-        self._watched[name] = meaning, read
-
-    def collect(self) -> Any:
-        "The watched numbers; what prometheus_client asks of a collector."
-        for name, (meaning, read) in self._watched.items():
-            value = read()
-            of = value if isinstance(value, Mapping) else None
-            family = GaugeMetricFamily(name, meaning, labels=None if of is None else ["of"])
-            for label, number in {"": value}.items() if of is None else of.items():
-                family.add_metric([] if of is None else [label], float(number))
-            yield family
+        self._watched.read[name] = meaning, read
 
     def page(self) -> bytes:
-        "All there is, in Prometheus' text format: counts of all workers, watched numbers of this one."
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            from prometheus_client.multiprocess import MultiProcessCollector
-
-            counts = prometheus.CollectorRegistry()
-            MultiProcessCollector(counts)
-        else:
-            counts = self.registry
-        watched = prometheus.CollectorRegistry()
-        watched.register(self)
-        return prometheus.generate_latest(counts) + prometheus.generate_latest(watched)
+        "All there is, in Prometheus' text format."
+        return metrics_page(self.registry, self._watched)
 
 # %% ../../nbs/05_serve/02_http.ipynb #ba544858
 SECURITY_HEADERS: list[tuple[bytes, bytes]] = [
@@ -395,17 +405,19 @@ Headers = list[tuple[bytes, bytes]]
 class Request:
     "One request as a lean route sees it."
 
-    __slots__ = ("body", "client", "headers", "id", "principal", "scope")
+    __slots__ = ("began", "body", "client", "gap", "headers", "id", "path", "principal", "scope")
 
     def __init__(self, scope: dict[str, Any]):
-        self.scope, self.headers = scope, dict(scope["headers"])
+        self.began, self.scope, self.path = time.perf_counter(), scope, scope["path"]
+        self.headers = dict(scope["headers"])
         self.id = request_id(self.headers.get(b"x-request-id"))
         self.client = scope["client"][0] if scope.get("client") else ""
+        self.gap = 1.0  # seconds since the worker's last answer
         self.principal: Any = None  # who asks, if there is a guard
         self.body = b""
 
 
-Lean = Callable[[Request], tuple[int, Headers, bytes]]
+Lean = Callable[[Request], Awaitable[tuple[int, Headers, bytes]]]
 
 # %% ../../nbs/05_serve/02_http.ipynb #ea180ab8
 class _Clock:
@@ -449,23 +461,25 @@ async def first_piece(receive: Receive, clock: _Clock, now: float) -> dict[str, 
     finally:
         clock.waiting.pop(task, None)
 
-
-async def take_body(request: Request, receive: Receive, clock: _Clock, now: float, limit: int) -> bytes:
+# %% ../../nbs/05_serve/02_http.ipynb #dd1375f5
+async def take_body(request: Request, receive: Receive, clock: _Clock, limit: int) -> bytes:
     "The whole body of a request, the usual case first. Raises `Problem`."
     headers = request.headers
     if int(headers.get(b"content-length", 0)) > limit:
         raise too_large(limit)
     if b"content-encoding" in headers:
         return await Body(receive, limit, clock.seconds, headers[b"content-encoding"].lower()).whole()
-    message = await first_piece(receive, clock, now)
+    message = await first_piece(receive, clock, request.began)
     if message["type"] == "http.disconnect":
         raise Disconnected
     body = message.get("body", b"")
     if len(body) > limit:
         raise too_large(limit)
-    if message.get("more_body"):
-        body += await Body(receive, limit - len(body), clock.seconds).whole()
-    return body
+    if not message.get("more_body"):
+        return body
+    rest = Body(receive, limit, clock.seconds)
+    rest.count(body)
+    return body + await rest.whole()
 
 # %% ../../nbs/05_serve/02_http.ipynb #5fef077d
 def as_problem(
@@ -511,30 +525,30 @@ class Front:
         state: State,
         lean: Mapping[str, Lean] | None = None,  # path -> a POST route that is answered here
         scopes: Mapping[str, str] | None = None,  # beginning of a path -> the permission it needs
-        large: Sequence[str] = (),  # paths whose bodies may be as large as a batch
+        large: Mapping[str, int] | None = None,  # beginning of a path -> bytes that its bodies may have
     ):
         self.app, self.state = app, state
-        self.lean, self.large = dict(lean or {}), frozenset(large)
+        self.lean, self.large = dict(lean or {}), dict(large or {})
         self.scopes = sorted((scopes or {}).items(), key=lambda one: -len(one[0]))
-        self.clock = _Clock(state.limits.seconds)
+        self._needs = {path: self.permission(path) for path in self.lean}
+        self.clock, self.ended = _Clock(state.limits.seconds), 0.0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, path = time.perf_counter(), scope["path"]
         request = Request(scope)
-        lean = self.lean.get(path) if scope["method"] == "POST" else None
+        lean = self.lean.get(request.path) if scope["method"] == "POST" else None
         if lean is None:
-            await self._through(request, receive, send, began)
+            await pass_through(self, request, receive, send)
             return
+        request.gap = request.began - self.ended
         try:
             self.admit(request)
-            limit = self.state.limits.body
-            request.body = await take_body(request, receive, self.clock, began, limit)
-            status, out, body = lean(request)
+            request.body = await take_body(request, receive, self.clock, self.state.limits.body)
+            status, out, body = await lean(request)
         except Disconnected:
-            self.done(request, path, 499, began, 0)
+            self.done(request, request.path, 499, 0)
             return
         except Exception as error:
             status, out, body = as_problem(error, request.id)
@@ -543,45 +557,57 @@ class Front:
             {"type": "http.response.start", "status": status, "headers": [*out, *own, *SECURITY_HEADERS]}
         )
         await send({"type": "http.response.body", "body": body})
-        self.done(request, path, status, began, len(body))
+        self.done(request, request.path, status, len(body))
 
     def admit(self, request: Request) -> None:
         "Ask the guard who this is. Raises `Problem`."
         if self.state.guard is None:
             return
-        path = request.scope["path"]
-        for beginning, permission in self.scopes:
-            if path.startswith(beginning):
-                request.principal = self.state.guard.check(request.headers, permission, request.client)
-                return
+        needed = self._needs.get(request.path)
+        if needed is None:
+            needed = self.permission(request.path)
+        if needed:
+            request.principal = self.state.guard.check(request.headers, needed, request.client)
 
-    def done(self, request: Request, route: str, status: int, began: float, size: int) -> None:
+    def permission(self, path: str) -> str:
+        "Which permission an address needs; empty: none."
+        return next((needed for beginning, needed in self.scopes if path.startswith(beginning)), "")
+
+    def done(self, request: Request, route: str, status: int, size: int) -> None:
         "Count the answer, and write it down."
-        seconds = time.perf_counter() - began
+        self.ended = time.perf_counter()
+        seconds = self.ended - request.began
         self.state.metrics.answered(route, request.scope["method"], status, seconds)
         if self.state.access is not None:
             self.state.access(request, status, seconds, size)
 
-    async def _through(self, request: Request, receive: Receive, send: Any, began: float) -> None:
-        answer = _Answer(request, send)
-        try:
-            self.admit(request)
-            await self.app(request.scope, self._bounded(request, receive), answer)
-        except Disconnected:
-            answer.status = answer.status or 499
-        except Exception as error:
-            status, out, body = as_problem(error, request.id)
-            if answer.status:  # it has begun, and all that can be done is to cut it off
-                raise
-            await answer({"type": "http.response.start", "status": status, "headers": out})
-            await answer({"type": "http.response.body", "body": body})
-        finally:
-            route = getattr(request.scope.get("route"), "path", "unmatched")
-            self.done(request, route, answer.status, began, answer.size)
+# %% ../../nbs/05_serve/02_http.ipynb #1c36c4bf
+def _bounded(front: Front, request: Request, receive: Receive) -> Body:
+    "The body of a request to the app behind. Raises `Problem`."
+    limits, headers = front.state.limits, request.headers
+    larger = [bytes for beginning, bytes in front.large.items() if request.path.startswith(beginning)]
+    limit = max(larger, default=limits.body)
+    if int(headers.get(b"content-length", 0)) > limit:
+        raise too_large(limit)
+    return Body(receive, limit, limits.seconds, headers.get(b"content-encoding", b"").lower())
 
-    def _bounded(self, request: Request, receive: Receive) -> Body:
-        limits, headers = self.state.limits, request.headers
-        limit = limits.batch_body if request.scope["path"] in self.large else limits.body
-        if int(headers.get(b"content-length", 0)) > limit:
-            raise too_large(limit)
-        return Body(receive, limit, limits.seconds, headers.get(b"content-encoding", b"").lower())
+
+async def pass_through(front: Front, request: Request, receive: Receive, send: Any) -> None:
+    "Let the app behind answer."
+    scope, answer = request.scope, _Answer(request, send)
+    scope["request"] = request  # the routes find id and principal there
+    try:
+        front.admit(request)
+        await front.app(scope, _bounded(front, request, receive), answer)
+    except Disconnected:
+        answer.status = answer.status or 499
+    except Exception as error:
+        if answer.status:  # it has begun, and all that can be done is to cut it off
+            raise
+        status, out, body = as_problem(error, request.id)
+        out.append((b"content-length", b"%d" % len(body)))
+        await answer({"type": "http.response.start", "status": status, "headers": out})
+        await answer({"type": "http.response.body", "body": body})
+    finally:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        front.done(request, route, answer.status, answer.size)
