@@ -20,7 +20,7 @@ MODULES = {
     **dict.fromkeys(("protocols",), "serve"),
     **dict.fromkeys(("drift", "alerts", "monitor"), "watch"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
-    **dict.fromkeys(("serve_commands", "key_commands"), "face"),
+    **dict.fromkeys(("serve_commands", "key_commands", "watch_commands"), "face"),
 }
 
 
