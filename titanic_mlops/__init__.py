@@ -23,6 +23,9 @@ MODULES = {
     **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
     **dict.fromkeys(("serve_commands", "key_commands"), "face"),
     **dict.fromkeys(("score_commands",), "face"),
+    **dict.fromkeys(("drift", "alerts", "monitor"), "watch"),
+    **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
+    **dict.fromkeys(("serve_commands", "key_commands", "watch_commands"), "face"),
 }
 
 

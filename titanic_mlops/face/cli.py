@@ -20,6 +20,7 @@ from . import document_commands, registry_commands, score_commands, serve_comman
 from .contract_commands import contract_app
 from .gate_commands import gate_app
 from .key_commands import keys_app
+from . import watch_commands
 from ..ground.errors import SettingsError, explain
 from ..ground.settings import Settings, settings
 
@@ -472,3 +473,5 @@ for command in (
     app.command()(command)
 app.add_typer(registry_commands.bundle, name="bundle")
 app.add_typer(document_commands.docs, name="docs")
+app.command()(watch_commands.watch)
+app.add_typer(watch_commands.alerts, name="alerts")

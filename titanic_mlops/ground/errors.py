@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TitanicError', 'SettingsError', 'ParameterError', 'SourceError', 'ContractError', 'LeakError', 'StoreError',
-           'StepError', 'BundleError', 'RegistryError', 'nearest', 'explain', 'from_kernel']
+           'StepError', 'BundleError', 'AlertError', 'RegistryError', 'nearest', 'explain', 'from_kernel']
 
 # %% ../../nbs/01_ground/01_errors.ipynb #f4fe83da
 import difflib
@@ -61,6 +61,10 @@ class StepError(TitanicError):
 
 class BundleError(TitanicError):
     "A model bundle is incomplete, changed since it was made, or not what it claims to be."
+
+
+class AlertError(TitanicError):
+    "Alerts can't be kept or sent."
 
 
 class RegistryError(TitanicError):
