@@ -101,5 +101,36 @@ def main(bundle: str) -> dict:
     return seen
 
 
+def score(bundle: str, source: str, out: str) -> dict:
+    "Score a file on two nodes, and kill one of them when the first part is there."
+    from titanic_mlops.ground.settings import settings
+    from titanic_mlops.serve.batch import Task
+    from titanic_mlops.serve.columns import open_model
+    from titanic_mlops.serve.ray_batch import score as score_on_ray
+
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    other = cluster.add_node(**NODE)
+    ray.init(address=cluster.address, log_to_driver=False)
+    killed = []
+
+    def listener(name: str):
+        def hears(done: int, share: float) -> None:
+            if not killed:
+                killed.append(done)
+                cluster.remove_node(other, allow_graceful=False)
+
+        return hears
+
+    try:
+        model = open_model(bundle)
+        task = Task("1", model.digest, model.threshold)
+        [done] = score_on_ray(model, source, out, task, settings(), listener=listener)
+        return {"rows": done.rows, "rejected": done.rejected, "killed_at": killed}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(main(sys.argv[1])), flush=True)
+    what = score if len(sys.argv) > 2 else main
+    print("RESULT " + json.dumps(what(*sys.argv[1:])), flush=True)

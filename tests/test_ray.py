@@ -7,8 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from checkout import Checkout
+
+from titanic_mlops.data.contract import Passenger
+from titanic_mlops.ground.settings import settings
+from titanic_mlops.serve.batch import PART_ROWS, Task, score
+from titanic_mlops.serve.columns import open_model
 
 HERE = Path(__file__).parent
 
@@ -19,6 +27,25 @@ def alone(*command: str, **more: object) -> list[str]:
     return [*own, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
 
 
+def on_two_nodes(folder: Path, *arguments: object) -> dict:
+    "What the program on the cluster has seen."
+    done = subprocess.run(
+        alone(sys.executable, str(HERE / "ray_cluster.py"), *map(str, arguments)),
+        env=os.environ | {"TITANIC_STORE": str(folder / "store")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+NEEDS = pytest.mark.skipif(
+    not shutil.which("unshare") or not shutil.which("ip"), reason="needs unshare and ip (Linux)"
+)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(
     not shutil.which("unshare") or not shutil.which("ip"), reason="needs unshare and ip (Linux)"
@@ -26,18 +53,35 @@ def alone(*command: str, **more: object) -> list[str]:
 def test_a_node_dies_under_load(finished: tuple[Checkout, object], tmp_path: Path):
     own, _ = finished
     bundle = own.first["promote"] / "champion"
-    done = subprocess.run(
-        alone(sys.executable, str(HERE / "ray_cluster.py"), str(bundle)),
-        env=os.environ | {"TITANIC_STORE": str(tmp_path / "store")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
-    seen = json.loads(lines[-1].removeprefix("RESULT "))
+    seen = on_two_nodes(tmp_path, bundle)
     assert seen["nodes_before"] == 2 and seen["nodes_after"] == 1 and seen["noticed"], seen
     assert seen["failed"] == [], seen
     assert len(seen["asked_again"]) <= 8, seen  # what was under way on the node, and no more
     assert 0 < seen["before"] < seen["answers"], seen
     assert seen["headers"]["x-bundle-digest"] == seen["first"]["bundle_digest"]
+
+
+@pytest.mark.long
+@NEEDS
+def test_batch_is_the_same_when_a_node_dies(
+    finished: tuple[Checkout, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own, _ = finished
+    bundle = own.first["promote"] / "champion"
+    monkeypatch.setenv("TITANIC_STORE", str(tmp_path / "store"))
+    known = pq.read_table(own.first["validate"] / "rows.parquet")
+    names = [name for name in known.column_names if name in Passenger.model_fields]
+    times = 3 * PART_ROWS // len(known) + 1
+    rows = pa.concat_tables([known.select(names)] * times)
+    place = rows.column_names.index("pclass")
+    wrong = pc.if_else(pc.equal(pa.array(range(len(rows))), 700_000), 9, rows["pclass"].combine_chunks())
+    pq.write_table(rows.set_column(place, "pclass", wrong), tmp_path / "rows.parquet")
+    seen = on_two_nodes(tmp_path, bundle, tmp_path / "rows.parquet", tmp_path / "ray.parquet")
+    assert seen["rows"] == len(rows) and seen["rejected"] == 1 and seen["killed_at"], seen
+
+    model = open_model(bundle)
+    task = Task("1", model.digest, model.threshold)
+    score(model, str(tmp_path / "rows.parquet"), str(tmp_path / "here.parquet"), task, settings())
+    assert pq.read_table(tmp_path / "ray.parquet").equals(pq.read_table(tmp_path / "here.parquet"))
+    rejections = [pq.read_table(tmp_path / f"{name}.rejected.parquet") for name in ("ray", "here")]
+    assert rejections[0].equals(rejections[1]) and rejections[0].num_rows == 1

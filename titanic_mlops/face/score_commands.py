@@ -86,7 +86,7 @@ def _engine(name: str) -> Callable[..., "list[Scored]"]:
 
         return run
     try:
-        from titanic_mlops.serve.ray_app import score as run  # the same arguments, on Ray Data
+        from titanic_mlops.serve.ray_batch import score as run  # the same arguments, on Ray Data
     except ImportError as error:
         raise SettingsError(
             f"Ray is not installed: {error}", do="pip install 'titanic-mlops[ray]' (in a virtual environment)"
