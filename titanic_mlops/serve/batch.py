@@ -301,12 +301,8 @@ class TextRows:
         if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise SourceError("the file is UTF-16", where=where, rule="text is UTF-8", do="save it as UTF-8")
         if b"\0" in head or head.startswith((b"PAR1", b"version https://git-lfs")):
-            raise SourceError(
-                "this is not what its name says",
-                where=where,
-                rule="Parquet, or CSV or NDJSON in UTF-8",
-                do="check where it comes from",
-            )
+            rule = "Parquet, or CSV or NDJSON in UTF-8"
+            raise SourceError("this is not what its name says", where=where, rule=rule)
         return []
 
     @contextmanager
