@@ -248,7 +248,7 @@ def together(rounds: list[dict]) -> dict:
 
 
 def capacity_of(ask) -> float:
-    "The highest steady rate that is kept up with: nobody fails, and one in a hundred waits 50 ms at most."
+    "The highest steady rate that is kept up with: nobody fails, and one in a hundred waits 10 ms at most."
     most = (
         len(ask(0, 2)["times"]) / 2
     )  # as fast as they are answered: the crowd comes in step, which is cheaper
@@ -256,7 +256,7 @@ def capacity_of(ask) -> float:
     for _ in range(6):
         rate = (low + high) / 2
         tried = ask(rate, 2)
-        kept_up = not tried["failed"] and percentile(tried["times"], 0.99) <= 50
+        kept_up = not tried["failed"] and percentile(tried["times"], 0.99) <= 10
         low, high = (rate, high) if kept_up else (low, rate)
     return low
 

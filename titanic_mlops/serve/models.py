@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIED_ON', 'ROOM', 'Say', 'SLOWEST', 'Deliver', 'Served', 'try_out', 'short_turns', 'admit', 'Bounds', 'surely_above',
            'Trial', 'lot', 'Canary', 'say_nothing', 'Aside', 'Slots', 'Lead', 'Models', 'state_of', 'measure', 'Shelf',
-           'Watch', 'Follow', 'Alone', 'open_models', 'model_router']
+           'Offered', 'Watch', 'Follow', 'Alone', 'open_models', 'model_router']
 
 # %% ../../nbs/05_serve/06_models.ipynb #dc77dd40
 import contextlib
@@ -345,6 +345,19 @@ class Lead:
     def close(self) -> None:
         "Decide no more."
 
+# %% ../../nbs/05_serve/06_models.ipynb #a54a0df5
+def _ask_shadow(models: Any, shadow: Served, passenger: Mapping[str, Any], request_id: str, key: str) -> None:
+    try:
+        probability = shadow.model.one(passenger)
+    except Exception as error:
+        models.shadow_errors += 1
+        if models.shadow_errors == 1:
+            models.say("shadow failed", "ERROR", error=str(error)[:200], **shadow.told())
+        return
+    if models.log is not None:
+        facts = {"kind": "shadow", "arm": "shadow", "key": key}
+        models.log.append(request_id, time.time_ns(), shadow, dict(passenger), probability, **facts)
+
 # %% ../../nbs/05_serve/06_models.ipynb #674cc8b2
 class Models(Slots):
     "The models of one worker, as the app uses them."
@@ -386,23 +399,11 @@ class Models(Slots):
         canary, champion, shadow = self.canary, self.champion, self.shadow
         why = probability if passenger is None else ""
         if passenger is not None and shadow is not None:
-            self._ask_shadow(shadow, passenger, request_id, key)
+            _ask_shadow(self, shadow, passenger, request_id, key)
         if canary is not None and champion is not None and canary.served is served:
             why = why or canary.compare(champion, passenger, probability)
             if why:
                 self.lead.abandon(why)
-
-    def _ask_shadow(self, shadow: Served, passenger: Mapping[str, Any], request_id: str, key: str) -> None:
-        try:
-            probability = shadow.model.one(passenger)
-        except Exception as error:
-            self.shadow_errors += 1
-            if self.shadow_errors == 1:
-                self.say("shadow failed", "ERROR", error=str(error)[:200], **shadow.told())
-            return
-        if self.log is not None:
-            facts = {"kind": "shadow", "arm": "shadow", "key": key}
-            self.log.append(request_id, time.time_ns(), shadow, dict(passenger), probability, **facts)
 
     def rollback(self) -> Served:
         "Let the champion before answer again, in all workers. Raises `RegistryError` if there is none."
@@ -455,7 +456,7 @@ def state_of(models: Models) -> dict[str, Any]:  # plain JSON
         "swaps": models.swaps,
     }
 
-
+# %% ../../nbs/05_serve/06_models.ipynb #655d0978
 def measure(
     models: Models,
     watch: Callable[[str, str, Callable[[], Any]], None],  # `Metrics.watch` of serve.http
@@ -517,7 +518,7 @@ Deliver = Callable[
 ]  # raises TitanicError to refuse, TimeoutError or OSError for later
 
 
-class Watch:
+class Offered:
     "One kind of model, where it comes from, and what became of the last offer."
 
     def __init__(
@@ -536,6 +537,31 @@ class Watch:
         self.taken = ""  # mark of the offer that serves
         self.refused: dict[str, str] = {}  # version, why, mark, evidence
         self.away, self.failures = "", 0
+
+    def told(self) -> dict[str, Any]:
+        "What people may know."
+        refused = {key: self.refused[key] for key in ("version", "why")} if self.refused else None
+        if self.offered and self.refused and self.offered.mark != self.refused["mark"]:
+            refused = None  # it is no longer offered
+        offered = self.offered.version if self.offered else None
+        return {
+            "kind": self.kind,
+            "origin": self.origin.name,
+            "offered": offered,
+            "away": self.away,
+            "refused": refused,
+        }
+
+
+def _line(error: BaseException) -> str:
+    "An error in a line."
+    if isinstance(error, TitanicError):
+        return f"{error.what} ({error.rule})" if error.rule else error.what
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+# %% ../../nbs/05_serve/06_models.ipynb #36bb0afb
+class Watch(Offered):
+    "A watch over an origin, a step at a time."
 
     def step(self) -> float:  # seconds until the next one
         "Look, and take what is new."
@@ -576,27 +602,6 @@ class Watch:
         self._deliver(self.kind, offer, folder)
         self.taken, self.refused = offer.mark, {}
         self._shelf.keep(offer, folder)
-
-    def told(self) -> dict[str, Any]:
-        "What people may know."
-        refused = {key: self.refused[key] for key in ("version", "why")} if self.refused else None
-        if self.offered and self.refused and self.offered.mark != self.refused["mark"]:
-            refused = None  # it is no longer offered
-        offered = self.offered.version if self.offered else None
-        return {
-            "kind": self.kind,
-            "origin": self.origin.name,
-            "offered": offered,
-            "away": self.away,
-            "refused": refused,
-        }
-
-
-def _line(error: BaseException) -> str:
-    "An error in a line."
-    if isinstance(error, TitanicError):
-        return f"{error.what} ({error.rule})" if error.rule else error.what
-    return f"{type(error).__name__}: {str(error)[:200]}"
 
 # %% ../../nbs/05_serve/06_models.ipynb #8b58aa5d
 class Follow:
