@@ -44,14 +44,7 @@ def app_of(bundle, guard=None, caution: str = ""):
 
     models = OneModel(FastModel(bundle), "7")
     models.champion = replace(models.champion, override=caution)
-    front = create_app(models, guard)
-    if "/v1/explain" not in {getattr(route, "path", "") for route in front.app.routes}:
-        from titanic_mlops.serve.explain import explain_router
-        from titanic_mlops.serve.page import page_router
-
-        front.app.include_router(explain_router(front.app.state.state))
-        front.app.include_router(page_router())
-    return front
+    return create_app(models, guard)
 
 
 def main(folder: str, port: str, *more: str) -> None:
