@@ -301,12 +301,8 @@ class TextRows:
         if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise SourceError("the file is UTF-16", where=where, rule="text is UTF-8", do="save it as UTF-8")
         if b"\0" in head or head.startswith((b"PAR1", b"version https://git-lfs")):
-            raise SourceError(
-                "this is not what its name says",
-                where=where,
-                rule="Parquet, or CSV or NDJSON in UTF-8",
-                do="check where it comes from",
-            )
+            rule = "Parquet, or CSV or NDJSON in UTF-8"
+            raise SourceError("this is not what its name says", where=where, rule=rule)
         return []
 
     @contextmanager
@@ -490,6 +486,21 @@ _FRAME = struct.Struct("<4sQI")  # magic, length and checksum of what follows
 _MAGIC = b"TITB"
 
 
+def _next_frame(file: Any) -> bytes | None:
+    "The next frame; None if there is none that is whole, and what is there is cut off."
+    at = file.tell()
+    head = file.read(_FRAME.size)
+    if len(head) == _FRAME.size:
+        magic, size, checksum = _FRAME.unpack(head)
+        left = os.fstat(file.fileno()).st_size - at - _FRAME.size
+        content = file.read(size) if magic == _MAGIC and size <= left else b""
+        if magic == _MAGIC and len(content) == size and zlib.crc32(content) == checksum:
+            return content
+    file.truncate(at)
+    file.seek(at)
+    return None
+
+# %% ../../nbs/05_serve/12_batch.ipynb #7aabb0d9
 class Journal:
     "Parts that are scored, on the disk. Raises `StoreError` if another process writes there."
 
@@ -508,31 +519,16 @@ class Journal:
             raise StoreError(
                 "another process is scoring into this file", where=str(path), do="wait for it, or stop it"
             ) from None
-        self._file.seek(0)
-        self._flushed = 0.0
+        self._flushed = float(self._file.seek(0))
         said = canonical_json(key)
-        if self._read() != said:
+        if _next_frame(self._file) != said:
             self._file.truncate(0)
             self.write(said)
         self._begins = _FRAME.size + len(said)
 
-    def _read(self) -> bytes | None:
-        "The next frame; None if there is none that is whole, and what is there is cut off."
-        at = self._file.tell()
-        head = self._file.read(_FRAME.size)
-        if len(head) == _FRAME.size:
-            magic, size, checksum = _FRAME.unpack(head)
-            left = os.fstat(self._file.fileno()).st_size - at - _FRAME.size
-            content = self._file.read(size) if magic == _MAGIC and size <= left else b""
-            if magic == _MAGIC and len(content) == size and zlib.crc32(content) == checksum:
-                return content
-        self._file.truncate(at)
-        self._file.seek(at)
-        return None
-
     def parts(self) -> Iterator[tuple[np.ndarray, list[Rejected]]]:
         "The parts that are there, in order."
-        while (content := self._read()) is not None:
+        while (content := _next_frame(self._file)) is not None:
             size = int.from_bytes(content[:8], "little")
             rejected = [Rejected(*one) for one in json.loads(content[8 + size :])]
             yield np.frombuffer(content[8 : 8 + size], np.float32), rejected
@@ -690,7 +686,7 @@ class Scored:
         bad = f", {self.rejected} rejected: {self.rejections}" if self.rejected else ""
         return f"{self.target}: {self.rows - self.rejected} of {self.rows} rows{bad}{how}"
 
-
+# %% ../../nbs/05_serve/12_batch.ipynb #f8e918a3
 @dataclass(frozen=True)
 class Places:
     "Where the files of one output lie, while it is made and then."
@@ -928,7 +924,7 @@ def score_file(
             places.aside("partial").unlink(missing_ok=True)
             places.aside("rejected").unlink(missing_ok=True)
 
-
+# %% ../../nbs/05_serve/12_batch.ipynb #07352111
 def _publish(places: Places, desk: _Desk, journal: Journal, said: dict[str, Any], resumed: int) -> Scored:
     "Put the finished files in their places, the record last."
     if desk.rejections.rows:
@@ -986,7 +982,7 @@ def outputs_of(
         found[file.address] = target
     return list(found.values())
 
-
+# %% ../../nbs/05_serve/12_batch.ipynb #5016b330
 def score(
     model: ColumnModel,
     address: str,  # a file, a pattern, a folder

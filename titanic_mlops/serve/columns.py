@@ -458,6 +458,9 @@ class _Terms:
         self.ok &= bool(np.abs(self(sample) - self._model.run(sample)).max() <= TOLERANCE)
 
 # %% ../../nbs/05_serve/11_columns.ipynb #76ebd51d
+_BLOCK = 16_384  # rows at a time: what is computed on the way stays in the processor's cache
+
+
 class _Memory:
     "What the graph has said, by what it was asked: bounded, and carried from batch to batch."
 
@@ -485,9 +488,6 @@ class _Memory:
         return said
 
 # %% ../../nbs/05_serve/11_columns.ipynb #12105270
-_BLOCK = 16_384  # rows at a time: what is computed on the way stays in the processor's cache
-
-
 class ColumnModel:
     "A bundle's model over Arrow batches. Not for several threads at once."
 
@@ -499,12 +499,11 @@ class ColumnModel:
         self.model, self.exact = model, exact
         self.info, self.digest, self.threshold = model.info, model.digest, model.threshold
         self.graph = (Path(model.folder) / "model.onnx").read_bytes()
-        self.session = open_graph(self.graph)
+        self.session, self._terms = open_graph(self.graph), None
         self._numeric = {i.name: "float" in i.type for i in self.session.get_inputs()}
         self.encoder = Encoder(with_deck="deck" in self._numeric)
         self._tables: dict[str, np.ndarray] = {}
         self._memory, self._end = _Memory(self), None if exact else _linear_end(self.graph)
-        self._terms: _Terms | None = None
 
     def __reduce__(self) -> Any:
         return open_model, (str(self.model.folder), self.exact)
