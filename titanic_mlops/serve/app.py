@@ -9,6 +9,7 @@ __all__ = ['CARD', 'SCOPES', 'ABOUT', 'health_router', 'predict_router', 'model_
 # %% ../../nbs/05_serve/08_app.ipynb #56cacd0a
 import html
 import json
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -414,6 +415,9 @@ def open_app(
     say: Callable[..., None] = say_nothing,  # is told what happens
 ) -> tuple[Any, Callable[[], None]]:  # the app, and what to do at the end
     "The app of one worker, as the settings describe it. Raises `SettingsError`."
+    sys.setswitchinterval(
+        0.0005
+    )  # seconds; the loop need not wait ten times as long for a thread that writes
     log, access = open_prediction_log(own, say), open_access(own)
     models.log = log  # which hears what a shadow says
 

@@ -237,7 +237,7 @@ def csv_rows(body: bytes) -> Iterator[dict[str, Any]]:
     except csv.Error as error:
         raise Problem("malformed-body", f"not CSV: {error}, line {reader.line_num}") from None
 
-
+# %% ../../nbs/05_serve/19_bulk.ipynb #389b1ab8
 async def answer_csv(run: Run, body: bytes) -> Response:
     "A CSV file, answered."
     found = await run.all(await checked(csv_rows(body), run.state.limits.batch_rows))

@@ -42,11 +42,20 @@ class _Feeds:
         "Let the next passengers have it."
         self._free.append(feed)
 
-# %% ../../nbs/05_serve/01_fastpath.ipynb #7a8591da
+# %% ../../nbs/05_serve/01_fastpath.ipynb #d09bc3b8
 _OUTPUT = ["probabilities"]
 _SOMEBODY = {"pclass": 3, "name": "Dean, Miss. Millvina", "sex": "female", "sibsp": 1, "parch": 2}
 
 
+def _columns(rows: Sequence[Mapping[str, Any]], numeric: Mapping[str, bool]) -> dict[str, np.ndarray]:
+    "Rows of features as the graph's inputs, made anew."
+    kinds = {True: np.float32, False: object}
+    return {
+        name: np.array([row[name] for row in rows], kinds[number]).reshape(-1, 1)
+        for name, number in numeric.items()
+    }
+
+# %% ../../nbs/05_serve/01_fastpath.ipynb #7a8591da
 class FastModel:
     "A bundle's model over dictionaries. Raises `BundleError` or `ContractError` if it can't serve here."
 
@@ -55,20 +64,14 @@ class FastModel:
         bundle: Bundle,  # verified
     ):
         require_compatible(bundle.folder, where=repr(bundle))
-        self.info, self.lineage = bundle.info, bundle.lineage
+        self.info, self.lineage, self.threshold = bundle.info, bundle.lineage, bundle.info.threshold
         self.digest, self.folder = bundle.digest, bundle.folder
-        self.session, self.background = bundle.session, bundle.background  # for explanations
         self.contract_version = bundle.info.contract_version
-        self.threshold = bundle.info.threshold
         self._run = bundle.session.run
         self._numeric = {i.name: "float" in i.type for i in bundle.session.get_inputs()}
         if unknown := sorted(self._numeric.keys() - features(_SOMEBODY).keys()):
-            raise BundleError(
-                f"the graph wants features that are not derived here: {', '.join(unknown)}",
-                where=str(bundle.folder),
-                rule="the inputs of a graph are features of data.features",
-                do="serve it with the version of this package that trained it",
-            )
+            what = f"the graph wants features that are not derived here: {', '.join(unknown)}"
+            raise BundleError(what, where=str(bundle.folder), do="serve it with the version that trained it")
         self._feeds = _Feeds(self._numeric)
         self.one(_SOMEBODY)  # the first run allocates; nobody should wait for that
 
@@ -91,8 +94,10 @@ class FastModel:
         rows: Sequence[Mapping[str, Any]],  # features, as `features` derives them
     ) -> np.ndarray:  # probabilities, float64, shape (n,)
         "The probabilities of rows of features."
-        if len(rows) > _Feeds.ROWS or not rows:
-            return self._feature_table(rows)
+        if not rows:
+            return np.zeros(0)
+        if len(rows) > _Feeds.ROWS:
+            return self._run(_OUTPUT, _columns(rows, self._numeric))[0][:, 1].astype(float)
         arrays, feed = self._feeds.take(), {}
         for name, cells in arrays:
             number = 0
@@ -104,18 +109,8 @@ class FastModel:
         self._feeds.give_back(arrays)
         return probabilities
 
-    def _feature_table(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        if not rows:
-            return np.zeros(0)
-        kinds = {True: np.float32, False: object}
-        feed = {
-            name: np.array([row[name] for row in rows], kinds[number]).reshape(-1, 1)
-            for name, number in self._numeric.items()
-        }
-        return self._run(_OUTPUT, feed)[0][:, 1].astype(float)
-
     def __repr__(self) -> str:
-        return f"FastModel({self.info.candidate}, {self.digest[:12]}, contract {self.contract_version})"
+        return f"FastModel({self.info.candidate}, {self.digest[:12]})"
 
 # %% ../../nbs/05_serve/01_fastpath.ipynb #7875669b
 class Together:

@@ -549,21 +549,18 @@ class Front:
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         request = Request(scope)
         lean = self.lean.get(request.path) if scope["method"] == "POST" else None
         if lean is None:
-            await pass_through(self, request, receive, send)
-            return
+            return await pass_through(self, request, receive, send)
         request.gap = request.began - self.ended
         try:
             self.admit(request)
             request.body = await take_body(request, receive, self.clock, self.state.limits.body)
             status, out, body = await lean(request)
         except Disconnected:
-            self.done(request, request.path, 499, 0)
-            return
+            return self.done(request, request.path, 499, 0)
         except Exception as error:
             status, out, body = as_problem(error, request.id)
         own = [(b"content-length", b"%d" % len(body)), (b"x-request-id", request.id.encode())]
@@ -578,9 +575,7 @@ class Front:
         if self.state.guard is None:
             return
         needed = self._needs.get(request.path)
-        if needed is None:
-            needed = self.permission(request.path)
-        if needed:
+        if needed or (needed is None and (needed := self.permission(request.path))):
             request.principal = self.state.guard.check(request.headers, needed, request.client)
 
     def permission(self, path: str) -> str:
