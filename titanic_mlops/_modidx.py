@@ -1278,6 +1278,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'titanic_mlops/ground/settings.py'),
                                                'titanic_mlops.ground.settings._AccessSettings': ( '01_ground/settings.html#_accesssettings',
                                                                                                   'titanic_mlops/ground/settings.py'),
+                                               'titanic_mlops.ground.settings._AlertSettings': ( '01_ground/settings.html#_alertsettings',
+                                                                                                 'titanic_mlops/ground/settings.py'),
                                                'titanic_mlops.ground.settings._GuardSettings': ( '01_ground/settings.html#_guardsettings',
                                                                                                  'titanic_mlops/ground/settings.py'),
                                                'titanic_mlops.ground.settings._IniSource': ( '01_ground/settings.html#_inisource',

@@ -54,7 +54,7 @@ def _look(own: Settings, hours: int):
         desk.note(alerts, LOOKED_FOR)
     return seen, alerts, deliver(desk)
 
-
+# %% ../../nbs/07_face/09_watch.ipynb #321361b7
 def _show(seen, alerts, sent) -> None:
     told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in seen.rows.items() if count)
     console.print(

@@ -150,8 +150,22 @@ class _AccessSettings(BaseSettings):
         float, Field(ge=0, le=1, description="share of requests traced, where the caller has not decided")
     ] = 1.0
 
+# %% ../../nbs/01_ground/02_settings.ipynb #a1e27b01
+class _AlertSettings(BaseSettings):
+    "Who is told when something is wrong."
+
+    alert_webhook: Annotated[str, Field(description="address that alerts are posted to; empty: none")] = ""
+    alert_secret: Annotated[
+        str, Field(repr=False, description="signs the webhook; set it in the environment, not in a file")
+    ] = ""
+    alert_slack: Annotated[str, Field(description="incoming webhook in Slack's format; empty: none")] = ""
+    alert_email: Annotated[
+        str, Field(description="smtp://host[:port]/?from=...&to=..., a login before the host; empty: none")
+    ] = ""
+    alert_alertmanager: Annotated[str, Field(description="address of an Alertmanager; empty: none")] = ""
+
 # %% ../../nbs/01_ground/02_settings.ipynb #ac178da1
-class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSettings):
+class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSettings, _AlertSettings):
     "Where things run and are kept. Raises `SettingsError` through `settings()`."
 
     model_config = SettingsConfigDict(env_prefix="TITANIC_", extra="forbid", frozen=True)
@@ -176,15 +190,6 @@ class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSetti
     workers: Annotated[int, Field(ge=1, le=64, description="steps that run side by side")] = 2
     cell_timeout: Annotated[int, Field(ge=0, description="seconds that a cell may run; 0: no limit")] = 3600
     kernel: Annotated[str, Field(description="Jupyter kernel of the steps; empty: the best there is")] = ""
-    alert_webhook: Annotated[str, Field(description="address that alerts are posted to; empty: none")] = ""
-    alert_secret: Annotated[
-        str, Field(repr=False, description="signs the webhook; set it in the environment, not in a file")
-    ] = ""
-    alert_slack: Annotated[str, Field(description="incoming webhook in Slack's format; empty: none")] = ""
-    alert_email: Annotated[
-        str, Field(description="smtp://[user:password@]host[:port]/?from=...&to=...; empty: none")
-    ] = ""
-    alert_alertmanager: Annotated[str, Field(description="address of an Alertmanager; empty: none")] = ""
     log_level: Annotated[
         str, Field(pattern="^(debug|info|warning|error)$", description="least severity logged")
     ] = "info"

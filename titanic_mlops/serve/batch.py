@@ -935,7 +935,7 @@ def score_file(
             places.aside("partial").unlink(missing_ok=True)
             places.aside("rejected").unlink(missing_ok=True)
 
-# %% ../../nbs/05_serve/12_batch.ipynb #07352111
+# %% ../../nbs/05_serve/12_batch.ipynb #8699516c
 def _publish(places: Places, desk: _Desk, journal: Journal, said: dict[str, Any], resumed: int) -> Scored:
     "Put the finished files in their places, the record last."
     if desk.rejections.rows:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Protocol
 import anyio
 import fastapi
 import numpy as np
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
@@ -196,21 +197,21 @@ class Explainer:
                 made[name] = np.array(column, object)[code]
         return self._probabilities(made)[which.reshape(len(coalitions), -1)].mean(1)
 
-    def explain(
-        self,
-        passenger: Mapping[str, Any],  # keeps the contract
-    ) -> Explanation:
-        "Exact Shapley values of one passenger's columns."
-        values = self.values(passenger)
-        shares = shapley(values)
-        pushes = [
-            Push(
-                column, title(passenger["name"]) if column == "name" else passenger.get(column), float(points)
-            )
-            for column, points in zip(self.players, shares, strict=True)
-        ]
-        pushes.sort(key=lambda push: (-abs(push.points), push.column))
-        return Explanation(float(values[0]), float(values[-1]), tuple(pushes))
+# %% ../../nbs/05_serve/05_explain.ipynb #e5a1b7c3
+@patch
+def explain(
+    self: Explainer,
+    passenger: Mapping[str, Any],  # keeps the contract
+) -> Explanation:
+    "Exact Shapley values of one passenger's columns."
+    values = self.values(passenger)
+    shares = shapley(values)
+    pushes = [
+        Push(column, title(passenger["name"]) if column == "name" else passenger.get(column), float(points))
+        for column, points in zip(self.players, shares, strict=True)
+    ]
+    pushes.sort(key=lambda push: (-abs(push.points), push.column))
+    return Explanation(float(values[0]), float(values[-1]), tuple(pushes))
 
 # %% ../../nbs/05_serve/05_explain.ipynb #ec3c4c46
 NEAR = 100  # training passengers that a probability is compared with

@@ -278,7 +278,7 @@ class Slack:
 
 # %% ../../nbs/06_watch/02_alerts.ipynb #93c26e93
 class Email:
-    "By SMTP: `smtp://user:password@host:587/?from=titanic@example.org&to=ops@example.org`; `smtps://` for TLS from the start."
+    "By SMTP: `smtp://host:587/?from=titanic@example.org&to=ops@example.org`, a login before the host; `smtps://` for TLS from the start."
 
     name = "email"
 
@@ -290,7 +290,7 @@ class Email:
             raise AlertError(
                 "the address for e-mail is not complete",
                 where="alert_email",
-                rule="smtp://[user:password@]host[:port]/?from=...&to=...",
+                rule="smtp://host[:port]/?from=...&to=..., with a login before the host if it wants one",
             )
 
     def send(self, notice: Notice, key: str) -> None:
