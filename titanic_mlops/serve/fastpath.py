@@ -67,6 +67,7 @@ class FastModel:
         self.info, self.lineage, self.threshold = bundle.info, bundle.lineage, bundle.info.threshold
         self.digest, self.folder = bundle.digest, bundle.folder
         self.contract_version = bundle.info.contract_version
+        self.session, self.background = bundle.session, bundle.background  # for columns and explanations
         self._run = bundle.session.run
         self._numeric = {i.name: "float" in i.type for i in bundle.session.get_inputs()}
         if unknown := sorted(self._numeric.keys() - features(_SOMEBODY).keys()):

@@ -1,0 +1,247 @@
+"""A real server meets what the world sends: every address, hostile bodies, headers that lie, senders that drip."""
+
+import gzip
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from checkout import checkout
+from explained import make_bundle
+
+DEAN = {
+    "pclass": 3, "name": "Dean, Miss. Millvina", "sex": "female", "age": 0.17, "sibsp": 1, "parch": 2,
+    "ticket": "C.A. 2315", "fare": 20.575, "embarked": "S",
+}  # fmt: skip
+GOOD = json.dumps(DEAN).encode()
+
+
+@dataclass
+class Up:
+    "A server that is up."
+
+    port: int
+    client: httpx.Client
+    store: Path
+
+    def post(self, body: bytes, kind: str = "application/json", path: str = "/v1/predict", **headers: str):
+        return self.client.post(path, content=body, headers={"content-type": kind, **headers})
+
+    def raw(self, *pieces: bytes, pause: float = 0.0) -> bytes:
+        "Bytes as they are, and all that comes back."
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as line:
+            for piece in pieces:
+                line.sendall(piece)
+                time.sleep(pause)
+            answer = b""
+            while piece := line.recv(65536):
+                answer += piece
+        return answer
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    own = checkout(tmp_path_factory.mktemp("serving"))
+    own.settings |= {"TITANIC_SERVE_SECONDS": "1", "TITANIC_RATE_LIMIT": "0", "TITANIC_ACCESS_LOG": ""}
+    make_bundle(own.folder / "bundle")
+    process = own.start("serve", "--bundle", str(own.folder / "bundle"), "--no-auth", "--port", "0")
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = re.search(r"http://127.0.0.1:(\d+)", line)
+        assert address, line
+        with httpx.Client(base_url=address[0], timeout=60, trust_env=False) as client:
+            yield Up(int(address[1]), client, own.store)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def problem(answer: httpx.Response, status: int, kind: str) -> dict:
+    "The problem that an answer must be."
+    assert answer.status_code == status, answer.text[:500]
+    assert answer.headers["content-type"] == "application/problem+json"
+    said = answer.json()
+    assert said["status"] == status and said["type"] == f"/docs#problem-{kind}"
+    assert said["instance"] == f"urn:request:{answer.headers['x-request-id']}"
+    assert "Traceback" not in answer.text and ".py" not in answer.text
+    return said
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics", "/v1/model", "/v1/passengers", "/ping", "/version", "/v2", "/v2/health/live", "/v2/models/titanic"]
+)  # fmt: skip
+def test_every_address_answers(up: Up, path: str):
+    answer = up.client.get(path)
+    assert answer.status_code == 200 and answer.content
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["x-request-id"]
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_one_passenger_in_all_forms_is_one_probability(up: Up):
+    one = up.post(GOOD)
+    said = one.json()
+    assert (
+        said["survives"] == (said["probability"] >= said["threshold"])
+        and said["bundle_digest"] == one.headers["x-bundle-digest"]
+    )
+    array = up.post(json.dumps([DEAN, DEAN]).encode(), path="/v1/predict/batch").json()
+    lines = up.post(GOOD + b"\n" + GOOD, "application/x-ndjson", "/v1/predict/batch").text.splitlines()
+    table = (",".join(DEAN) + "\n" + ",".join(f'"{v}"' for v in DEAN.values()) + "\n").encode()
+    text = up.post(table, "text/csv", "/v1/predict/batch").text.splitlines()
+    form = up.client.post(
+        "/v1/predict/batch", files={"file": ("people.csv", table, "text/csv")}
+    ).text.splitlines()
+    found = [array["predictions"][0]["probability"], json.loads(lines[1])["probability"]]
+    found += [float(text[1].split(",")[1]), float(form[1].split(",")[1])]
+    assert found == pytest.approx([said["probability"]] * 4, abs=1e-6)
+    explained = up.post(GOOD, path="/v1/explain").json()
+    assert explained["probability"] == pytest.approx(said["probability"], abs=1e-6)
+
+
+MALFORMED = {
+    "empty": b"",
+    "no JSON": b"nonsense",
+    "cut short": GOOD[:-5],
+    "something after it": GOOD + b"}",
+    "NaN": GOOD.replace(b"0.17", b"NaN"),
+    "Infinity": GOOD.replace(b"0.17", b"-Infinity"),
+    "twins": GOOD[:-1] + b', "age": 3}',
+    "lone surrogate": GOOD.replace(b"Dean", b"\\ud800"),
+    "not UTF-8": GOOD.replace(b"Dean", b"\xff\xfe"),
+    "UTF-16": GOOD.decode().encode("utf-16"),
+    "deep arrays": b"[" * 60_000,
+    "deep objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "five thousand digits": GOOD.replace(b"0.17", b"9" * 5000),
+}
+BROKEN = {
+    "a list": b"[]",
+    "null": b"null",
+    "nothing": b"{}",
+    "huge number": GOOD.replace(b"0.17", b"1e400"),
+    "huge integer": GOOD.replace(b'"pclass": 3', b'"pclass": ' + b"3" * 400),
+    "too old": GOOD.replace(b"0.17", b"200"),
+    "text for a number": GOOD.replace(b"0.17", b'"0.17"'),
+    "true for a number": GOOD.replace(b'"pclass": 3', b'"pclass": true'),
+    "object for a text": GOOD.replace(b'"female"', b'{"$ne": ""}'),
+    "a NUL": GOOD.replace(b"Dean", b"\\u0000"),
+    "the outcome": GOOD[:-1] + b', "survived": 1}',
+    "the boat": GOOD[:-1] + b', "boat": "4"}',
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_what_is_no_json_is_400(up: Up, what: str):
+    problem(up.post(MALFORMED[what]), 400, "malformed-body")
+    assert up.post(MALFORMED[what], path="/v1/explain").status_code == 400
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_breaks_the_contract_is_422_with_field_and_rule(up: Up, what: str):
+    said = problem(up.post(BROKEN[what]), 422, "broken-rule")
+    assert all(one["rule"] and one["message"] for one in said["errors"]) and said["errors"]
+    batch = problem(
+        up.post(b"[" + GOOD + b"," + BROKEN[what] + b"]", path="/v1/predict/batch"), 422, "broken-rule"
+    )
+    assert all(one["field"].startswith("1") for one in batch["errors"])
+    line = up.post(BROKEN[what] + b"\n" + GOOD, "application/x-ndjson", "/v1/predict/batch").text.splitlines()
+    assert json.loads(line[0])["errors"] and json.loads(line[1])["probability"]
+
+
+def test_a_colon_in_a_name_is_no_twin(up: Up):
+    assert up.post(GOOD.replace(b"Millvina", b"Eliza: the :youngest")).status_code == 200
+
+
+def test_types_methods_and_addresses_that_are_not_taken(up: Up):
+    for kind in ("text/plain", "application/xml", "", "application/jsonx", "multipart/form-data"):
+        problem(up.post(GOOD, kind), 415, "unsupported-media-type")
+    assert up.post(GOOD, "Application/JSON; charset=utf-8").status_code == 200
+    problem(up.post(GOOD, **{"content-encoding": "br"}), 415, "unsupported-media-type")
+    answer = up.client.delete("/v1/predict")
+    problem(answer, 405, "method-not-allowed")
+    assert answer.headers["allow"] == "POST"
+    for path in (
+        "/nowhere",
+        "/v1/predict/",
+        "/v1//predict",
+        "/docs/../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/model/%00",
+    ):
+        problem(up.client.get(path), 404, "not-found")
+
+
+def test_gzip_is_taken_whole_and_only_so_far(up: Up):
+    packed, encoded = gzip.compress(GOOD), {"content-encoding": "gzip"}
+    assert up.post(packed, **encoded).status_code == 200
+    problem(up.post(packed[:-6], **encoded), 400, "malformed-body")
+    problem(up.post(b"not gzip", **encoded), 400, "malformed-body")
+    problem(up.post(packed + b"more", **encoded), 400, "malformed-body")
+    problem(up.post(gzip.compress(bytes(30_000_000)), **encoded), 413, "too-large")
+    lines = gzip.compress((GOOD + b"\n") * 300)
+    answer = up.post(lines, "application/x-ndjson", "/v1/predict/batch", **encoded)
+    assert len(answer.text.splitlines()) == 300
+
+
+def test_bodies_that_are_too_large(up: Up):
+    big = GOOD[:-1] + b', "home_dest": "' + b"x" * 10_000_000 + b'"}'
+    problem(up.post(big), 413, "too-large")
+    problem(up.post(b"[" + b" " * 5_000_000 + b"]", path="/v1/predict/batch"), 413, "too-large")
+    chunked = up.client.post(
+        "/v1/predict",
+        content=iter([b" " * 40_000, b" " * 40_000]),
+        headers={"content-type": "application/json"},
+    )
+    problem(chunked, 413, "too-large")
+
+
+def test_request_ids_come_back_and_nothing_is_smuggled_in_with_them(up: Up):
+    assert up.post(GOOD, **{"x-request-id": "order-1912"}).headers["x-request-id"] == "order-1912"
+    for harmful in ("a b", '"', "x" * 200, "é", "<script>", "a;b", "%0d%0aset-cookie:x=1"):
+        answer = up.client.post(
+            "/v1/predict",
+            content=GOOD,
+            headers=[(b"content-type", b"application/json"), (b"x-request-id", harmful.encode())],
+        )
+        assert answer.status_code == 200 and answer.headers["x-request-id"] != harmful
+        assert (
+            "set-cookie" not in answer.headers
+            and answer.json()["request_id"] == answer.headers["x-request-id"]
+        )
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    folded = up.raw(
+        head + b"x-request-id: a\r\n set-cookie: x=1\r\ncontent-length: %d\r\n\r\n" % len(GOOD) + GOOD
+    )
+    assert b"set-cookie" not in folded.lower().partition(b"\r\n\r\n")[0]
+
+
+def test_lengths_that_lie_and_senders_that_drip(up: Up):
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    for lie in (b"content-length: 5000\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n7d0\r\n"):
+        assert b" 408 " in up.raw(head + lie + GOOD).partition(b"\r\n")[0]  # more is promised than comes
+    none = up.raw(head + b"content-length: 100\r\n\r\n")
+    assert b" 408 " in none.partition(b"\r\n")[0] and b"/docs#problem-timeout" in none
+    twice = up.raw(head + b"content-length: 5\r\ncontent-length: 7\r\n\r\n12345")
+    assert b" 400 " in twice.partition(b"\r\n")[0]
+    both = up.raw(head + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n")
+    assert b" 400 " in both.partition(b"\r\n")[0]
+    for number in (b"-1", b"1e3", b"99999999999999999999999"):
+        assert b" 400 " in up.raw(head + b"content-length: " + number + b"\r\n\r\n").partition(b"\r\n")[0]
+    slow = up.raw(
+        head + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(GOOD), GOOD[:9], GOOD[9:], pause=0.2
+    )
+    assert b" 200 " in slow.partition(b"\r\n")[0]
+
+
+def test_after_all_that_it_still_answers_and_has_counted(up: Up):
+    assert up.post(GOOD).status_code == 200
+    page = up.client.get("/metrics").text
+    assert re.search(r'titanic_requests_total\{method="POST",route="/v1/predict",status="200"\} \d', page)
+    assert re.search(r'titanic_requests_total\{method="POST",route="/v1/predict",status="422"\} \d', page)
+    assert 'status="500"' not in page and "titanic_model_ready 1.0" in page
+    assert [*(up.store / "predictions").rglob("*.open")], "no record was kept"
