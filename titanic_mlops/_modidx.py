@@ -1150,6 +1150,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'titanic_mlops/flow/verify.py'),
                                            'titanic_mlops.flow.verify._download': ( '04_flow/verify.html#_download',
                                                                                     'titanic_mlops/flow/verify.py'),
+                                           'titanic_mlops.flow.verify._kept_scores': ( '04_flow/verify.html#_kept_scores',
+                                                                                       'titanic_mlops/flow/verify.py'),
                                            'titanic_mlops.flow.verify._recorded': ( '04_flow/verify.html#_recorded',
                                                                                     'titanic_mlops/flow/verify.py'),
                                            'titanic_mlops.flow.verify._registered_by': ( '04_flow/verify.html#_registered_by',

@@ -175,7 +175,7 @@ def retry() -> None:
     for error in sent.errors:
         console.print(f"  {error}")
 
-
+# %% ../../nbs/07_face/09_watch.ipynb #3bb65bcb
 @alerts.command()
 def test() -> None:
     "Send a letter that says that it is a test to all channels, and say who took it."

@@ -184,16 +184,21 @@ def _walk_steps(chain: Chain, start: Kept, registry: "Registry", scratch: Path) 
     return found
 
 # %% ../../nbs/04_flow/10_verify.ipynb #b0ddc81d
+def _kept_scores(settings: Settings) -> tuple[list[Kept], list[Link]]:  # those that can be read; the others
+    results, damaged = [], []
+    for manifest in sorted((settings.store / "steps" / "score").glob("[!.]*/manifest.json")):
+        try:
+            results.append(Kept.of(manifest.parent))
+        except StepError as error:
+            damaged.append(Link("step score", False, error.what))
+    return results, damaged
+
+
 def _scored_by(
     file: Path, settings: Settings
 ) -> tuple[Kept | None, bool]:  # the step, and whether it wrote these bytes
     sha256 = digest(file)
-    results = []
-    for manifest in sorted((settings.store / "steps" / "score").glob("[!.]*/manifest.json")):
-        try:
-            results.append(Kept.of(manifest.parent))
-        except StepError:
-            continue
+    results, _ = _kept_scores(settings)
     exact = [kept for kept in results if sha256 in kept.manifest["outputs"].values()]
     if exact:
         return max(exact, key=lambda kept: kept.manifest["started"]), True
@@ -350,7 +355,8 @@ def verify(
             f"no step of this store has written these bytes: {file.name} was changed, or comes from elsewhere",
         )
         seen(f"{file.name}, sha256 {digest(file)[:12]}")
-    if scored is None:
+    if scored is None:  # perhaps its step is one whose manifest is damaged
+        chain.links += _kept_scores(settings)[1]
         return chain
     with tempfile.TemporaryDirectory(prefix="titanic-") as scratch:
         steps = _walk_steps(chain, scored, registry, Path(scratch))

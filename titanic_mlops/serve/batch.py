@@ -879,7 +879,7 @@ def _score_rows(
         desk.put(slim, probabilities, rejected)
     return done, resumed
 
-
+# %% ../../nbs/05_serve/12_batch.ipynb #539de801
 def _with_types(batch: "pa.RecordBatch", kinds: "pa.Schema") -> "pa.RecordBatch":
     "Some columns of a batch with other types."
     import pyarrow as pa

@@ -281,7 +281,7 @@ class Companion:
     chance: float  # out of fold
     distance: float  # Gower, 0 to 1
 
-
+# %% ../../nbs/05_serve/05_explain.ipynb #548f1341
 class Company:
     "The training passengers, ready to be compared with."
 
