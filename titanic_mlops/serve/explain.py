@@ -143,6 +143,15 @@ class Explanation:
         ]
         return "\n".join(lines)
 
+# %% ../../nbs/05_serve/05_explain.ipynb #cb9b0adf
+def _probabilities(run: Any, numeric: Mapping[str, bool], made: Mapping[str, np.ndarray]) -> np.ndarray:
+    "Probabilities of rows of features, given as columns."
+    feed = {
+        name: made[name].astype(np.float32 if number else object).reshape(-1, 1)
+        for name, number in numeric.items()
+    }
+    return run(["probabilities"], feed)[0][:, 1].astype(float)
+
 # %% ../../nbs/05_serve/05_explain.ipynb #b538ded6
 class Explainer:
     "Explains the predictions of one model. Raises `BundleError` if the model's bundle has no background."
@@ -154,8 +163,7 @@ class Explainer:
                 rule="explanations compare with training passengers, which the bundle brings along",
                 do="promote a model again: titanic run writes a background into the bundle",
             )
-        self.background = model.background
-        self._run = model.session.run
+        self.background, self._run = model.background, model.session.run
         self._numeric = {i.name: "float" in i.type for i in model.session.get_inputs()}
         sample = [self.background.passenger(row) for row in self.background.sample]
         self._blocks = [
@@ -167,14 +175,6 @@ class Explainer:
         covered = {name for block in self._blocks for name in block.names}
         if lacking := sorted(self._numeric.keys() - covered):
             raise BundleError(f"the background lacks what the feature {lacking[0]!r} is derived from")
-
-    def _probabilities(self, made: dict[str, np.ndarray]) -> np.ndarray:
-        "Probabilities of rows of features, given as columns."
-        feed = {
-            name: made[name].astype(np.float32 if number else object).reshape(-1, 1)
-            for name, number in self._numeric.items()
-        }
-        return self._run(["probabilities"], feed)[0][:, 1].astype(float)
 
     def values(
         self,
@@ -194,7 +194,8 @@ class Explainer:
             distinct, code = np.divmod(distinct, len(rows))
             for name, column in zip(block.names, zip(*rows, strict=True), strict=True):
                 made[name] = np.array(column, object)[code]
-        return self._probabilities(made)[which.reshape(len(coalitions), -1)].mean(1)
+        found = _probabilities(self._run, self._numeric, made)
+        return found[which.reshape(len(coalitions), -1)].mean(1)
 
     def explain(
         self,
@@ -280,7 +281,7 @@ class Companion:
     chance: float  # out of fold
     distance: float  # Gower, 0 to 1
 
-
+# %% ../../nbs/05_serve/05_explain.ipynb #23009558
 class Company:
     "The training passengers, ready to be compared with."
 
@@ -378,7 +379,7 @@ class ExplanationSaid(ModelSaid):
     pushes: list[PushSaid]
     reliability: ReliabilitySaid
 
-
+# %% ../../nbs/05_serve/05_explain.ipynb #687e672e
 class PassengerSaid(BaseModel):
     "A training passenger."
 
@@ -519,7 +520,7 @@ _KEY = Annotated[
     str | None, fastapi.Header(alias="x-request-key", description="decides between champion and canary")
 ]
 
-
+# %% ../../nbs/05_serve/05_explain.ipynb #977b3b02
 def explain_router(state: State) -> fastapi.APIRouter:
     "`/v1/explain`, `/v1/similar` and `/v1/passengers`."
     router, explainers = fastapi.APIRouter(tags=["explain"]), Explainers(state.models)
