@@ -167,6 +167,15 @@ class Server:
             for name in ("Rss", "Pss")
         }
 
+    def cpu(self) -> float:
+        "Seconds of processor time so far, of the process and its children."
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ticks = 0
+        for pid in (self.process.pid, *children):
+            said = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(said[11]) + int(said[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
@@ -241,7 +250,9 @@ def measure(
             try:
                 found[f"{name} first answer"].append(server.first_answer)
                 hard(server, connections, 1)
+                before = server.cpu()
                 said = hard(server, connections, seconds)
+                found[f"{name} cpu"].append((server.cpu() - before) / (said["rate"] * seconds) * 1e6)
                 for key, value in said.items():
                     found[f"{name} {key}"].append(value)
                 if name != "mlflow":
@@ -258,6 +269,8 @@ LINES = (  # name, unit, baseline, ours, which way is good
     ("requests/s against mlflow models serve", "1/s", "mlflow rate", "ours rate", 45),
     ("p99 at 1000 requests/s against an empty endpoint", "ms", "empty steady p99", "ours steady p99", 1.2),
     ("start to first answer against mlflow", "s", "mlflow first answer", "ours first answer", 1 / 8),
+    ("processor time of a request, empty endpoint", "us", "empty cpu", "ours cpu", None),
+    ("processor time of a request, mlflow models serve", "us", "mlflow cpu", "ours cpu", None),
     ("resident memory against an empty endpoint", "MB", "empty rss", "ours rss", None),
     ("its share of the memory (PSS)", "MB", "empty pss", "ours pss", None),
 )
