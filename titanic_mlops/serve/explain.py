@@ -379,7 +379,7 @@ class ExplanationSaid(ModelSaid):
     pushes: list[PushSaid]
     reliability: ReliabilitySaid
 
-
+# %% ../../nbs/05_serve/05_explain.ipynb #b8ada7b3
 class PassengerSaid(BaseModel):
     "A training passenger."
 
@@ -520,7 +520,7 @@ _KEY = Annotated[
     str | None, fastapi.Header(alias="x-request-key", description="decides between champion and canary")
 ]
 
-
+# %% ../../nbs/05_serve/05_explain.ipynb #56ae3e2c
 def explain_router(state: State) -> fastapi.APIRouter:
     "`/v1/explain`, `/v1/similar` and `/v1/passengers`."
     router, explainers = fastapi.APIRouter(tags=["explain"]), Explainers(state.models)
