@@ -47,8 +47,11 @@ class Server:
     def __serve_build_asgi_app__(self) -> Any:
         "Called by Ray Serve in the replica; what it returns answers the requests."
         from titanic_mlops.serve.app import open_app
+        from titanic_mlops.serve.security import OpenGuard, open_guard
+        from titanic_mlops.serve.server import say
 
-        app, self.close = open_app(self.models, self.own, "127.0.0.1" if self.arguments.no_auth else "")
+        guard = OpenGuard("127.0.0.1") if self.arguments.no_auth else open_guard(self.own)
+        app, self.close = open_app(self.models, self.own, guard, say)
         return app
 
     def check_health(self) -> None:
