@@ -6,69 +6,39 @@
 __all__ = ['console', 'alerts', 'watch', 'list_alerts', 'seconds_of', 'silence', 'retry', 'test']
 
 # %% ../../nbs/07_face/09_watch.ipynb #e99eda85
-import json
 import time
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from ..ground.errors import AlertError, ParameterError
-from ..ground.settings import Settings, settings
-from ..ground.store import write_atomic
+from ..ground.settings import settings
+
+if TYPE_CHECKING:
+    from titanic_mlops.watch.alerts import Alert, Delivery
+    from titanic_mlops.watch.monitor import Look
 
 console = Console(highlight=False, soft_wrap=True)
 
-# %% ../../nbs/07_face/09_watch.ipynb #c3625d9b
-def _desk(own: Settings):
-    from titanic_mlops.watch.alerts import Desk, channels_of
-
-    return Desk(own.store / "alerts", channels_of(own))
-
-
-def _look(own: Settings, hours: int):
-    "Look, keep the report, note and send the alerts."
-    from titanic_mlops.serve.predictions import prediction_folder
-    from titanic_mlops.watch.alerts import deliver
-    from titanic_mlops.watch.monitor import LOOKED_FOR, Memory, References, alerts_of, look
-
-    memory, references = Memory(own.store / "watch"), References(own.store / "bundles")
-    seen = look(prediction_folder(own), memory, references, hours=hours)
-    report = own.store / "watch" / "latest.md"
-    write_atomic(report, f"# Drift\n\n{seen._repr_markdown_()}\n")
-    findings = [vars(finding) | {"moved": finding.moved} for finding in seen.drift.findings]
-    facts = {
-        "since": seen.since,
-        "bundle": seen.bundle,
-        "hours": hours,
-        "rows": seen.drift.rows,
-        "read": seen.rows,
-    }
-    write_atomic(
-        report.with_suffix(".json"), json.dumps(facts | {"findings": findings}, indent=1, default=str) + "\n"
-    )
-    desk, alerts = _desk(own), alerts_of(seen, str(report))
-    if seen.drift.enough:  # too few rows say nothing, not that all is well again
-        desk.note(alerts, LOOKED_FOR)
-    return seen, alerts, deliver(desk)
-
 # %% ../../nbs/07_face/09_watch.ipynb #321361b7
-def _show(seen, alerts, sent) -> None:
-    told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in seen.rows.items() if count)
-    console.print(
-        f"{seen.drift.rows} answers in {seen.hours} h by bundle {seen.bundle[:12] or '-'}  [dim]read now: {told or 'nothing new'}[/]"
-    )
+def _colour(severity: str) -> str:
+    return {"critical": "red", "warning": "yellow"}.get(severity, "dim")
+
+
+def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
+    head = f"{seen.drift.rows} answers in {seen.hours} h by bundle {seen.bundle[:12] or '-'}"
+    console.print(f"{head}  [dim]read now: {seen.told}[/]")
     if not seen.drift.enough:
         console.print(f"too few to say anything: at least {seen.drift.rules.smallest_window} are needed")
     elif not alerts:
         console.print("[green]nothing moved[/]")
     for alert in alerts:
-        colour = "red" if alert.severity == "critical" else "yellow"
-        console.print(f"[{colour}]{alert.severity:8}[/] {alert.summary}")
+        console.print(f"[{_colour(alert.severity)}]{alert.severity:8}[/] {escape(alert.summary)}")
     for error in sent.errors:
-        console.print(f"[yellow]not delivered[/]  {error}")
+        console.print(f"[yellow]not delivered[/]  {escape(error)}")
     if sent.waiting:
         console.print(f"{sent.waiting} letters wait; they are sent at the next look")
     if sent.dead:
@@ -82,10 +52,12 @@ def watch(
     every: Annotated[float, typer.Option(help="seconds to the next look; 0: look once", min=0)] = 0.0,
 ) -> None:
     "Has the world moved? Holds the predictions of the last hours against the training data, and tells who is to be told."
+    from titanic_mlops.watch.monitor import watch_once
+
     own = settings()
     while True:
         try:
-            seen, alerts, sent = _look(own, hours)
+            seen, alerts, sent = watch_once(own, hours)
         except AlertError as error:
             if not every:
                 raise
@@ -108,24 +80,29 @@ def _ago(moment: float) -> str:
 def list_alerts() -> None:
     "What is open, what is silenced, and which letters wait or were refused."
     from titanic_mlops.watch.alerts import dead_letters
+    from titanic_mlops.watch.monitor import open_desk
 
-    desk = _desk(settings())
+    desk = open_desk(settings())
     book, dead = desk.read(), dead_letters(desk)
-    table = Table("alert", "severity", "since (UTC)", "told", "what", box=None, header_style="dim")
+    if not book.open:
+        console.print("no alert is open")
     for key, entry in sorted(book.open.items()):
-        told = _ago(entry.told_at) if entry.told else "nobody: silenced"
-        table.add_row(
-            key, entry.alert.severity, entry.alert.since[:16].replace("T", " "), told, entry.alert.summary
+        alert, told = (
+            entry.alert,
+            f"told {_ago(entry.told_at)}" if entry.told else "silenced: nobody was told",
         )
-    console.print(table if book.open else "no alert is open")
-    for silence in book.silences:
         console.print(
-            f"silenced until {_ago(silence.until)}: {silence.pattern} ({silence.by}: {silence.reason})"
+            f"[{_colour(alert.severity)}]{alert.severity:8}[/] [bold]{escape(key)}[/]  [dim]{told}[/]"
         )
-    for letter in book.outbox:
-        console.print(f"waits for {letter.channel}: {letter.notice.title}  [dim]{letter.error}[/]")
-    for letter in dead:
-        console.print(f"refused by {letter.channel}: {letter.notice.title}  [dim]{letter.error}[/]")
+        console.print(f"         {escape(alert.summary)}")
+    for silence in book.silences:
+        who = f"({silence.by}: {silence.reason})"
+        console.print(f"silenced until {_ago(silence.until)}: {escape(silence.pattern)} {escape(who)}")
+    for state, letters in (("waits for", book.outbox), ("refused by", dead)):
+        for letter in letters:
+            console.print(
+                f"{state} {letter.channel}: {escape(letter.notice.title)}  [dim]{escape(letter.error)}[/]"
+            )
 
 # %% ../../nbs/07_face/09_watch.ipynb #29370be7
 _SPANS = {"m": 60, "h": 3600, "d": 24 * 3600}
@@ -155,9 +132,11 @@ def silence(
     by: Annotated[str, typer.Option(envvar="USER", help="who says so")] = "",
 ) -> None:
     "Tell nobody of some alerts for a while. They stay open, and are told when the silence is over."
+    from titanic_mlops.watch.monitor import open_desk
+
     if not reason.strip() or not by.strip():
         raise ParameterError("a silence takes a name and a reason", do="--by NAME --reason WHY")
-    desk = _desk(settings())
+    desk = open_desk(settings())
     desk.silence(pattern, seconds_of(span), by, reason)
     console.print(f"silenced for {span}: {pattern}")
 
@@ -167,21 +146,23 @@ def retry() -> None:
     "Send again what was refused for good, with the same keys."
     from titanic_mlops.watch.alerts import deliver
     from titanic_mlops.watch.alerts import retry as put_back
+    from titanic_mlops.watch.monitor import open_desk
 
-    desk = _desk(settings())
+    desk = open_desk(settings())
     count = put_back(desk)
     sent = deliver(desk)
     console.print(f"{count} put back; {sent.sent} sent, {sent.waiting} wait, {sent.dead} refused again")
     for error in sent.errors:
-        console.print(f"  {error}")
+        console.print(f"  {escape(error)}")
 
 # %% ../../nbs/07_face/09_watch.ipynb #3bb65bcb
 @alerts.command()
 def test() -> None:
     "Send a letter that says that it is a test to all channels, and say who took it."
     from titanic_mlops.watch.alerts import Alert, deliver
+    from titanic_mlops.watch.monitor import open_desk
 
-    desk = _desk(settings())
+    desk = open_desk(settings())
     moment = datetime.now(UTC).isoformat(timespec="seconds")
     trial = Alert(
         name="test", subject=moment, severity="info", summary="a test of the channels", since=moment
@@ -192,5 +173,5 @@ def test() -> None:
         book.open.pop(trial.key, None)
     console.print(f"channels: {', '.join(desk.channels)}; {sent.sent} letters sent")
     for error in sent.errors:
-        console.print(f"[red]{error}[/]")
+        console.print(f"[red]{escape(error)}[/]")
     raise typer.Exit(2 if sent.errors else 0)

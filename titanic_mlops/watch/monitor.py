@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Key', 'LOOKED_FOR', 'Seen', 'Memory', 'open_reference', 'References', 'read_on', 'Look', 'window_of', 'look',
-           'alerts_of']
+           'alerts_of', 'open_desk', 'watch_once']
 
 # %% ../../nbs/06_watch/03_monitor.ipynb #33f370da
 import json
@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ground.errors import AlertError
+from ..ground.errors import AlertError, TitanicError
+from ..ground.settings import Settings
 from ..ground.store import write_atomic
 from ..model.background import BACKGROUND, read_background
+from ..serve.origins import origin_of
+from ..serve.predictions import prediction_folder
 from ..serve.record import ANSWERS, read_log
-from .alerts import Alert
-from .drift import Drift, Reference, Rules, Sketch, analyse, reference_table
+from .alerts import Alert, Delivery, Desk, channels_of, deliver
+from .drift import Drift, Finding, Reference, Rules, Sketch, analyse, reference_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -204,7 +207,7 @@ def read_on(
         news.rows["repeated"] += len(batch) - int(first.sum())
         _count(batch.filter(_mask(first)), references, seen, news, now)
     news.cursor = dict(reading.cursor)
-    news.rows["lost"] += reading.tally.missing + reading.tally.torn_records
+    news.rows["lost"] += reading.tally.missing  # a torn end may be a record that is just being written
     return news
 
 
@@ -266,7 +269,12 @@ class Look:
     hours: int
     drift: Drift
     rows: dict[str, int]  # this time: counted, repeated, unknown_model, ahead, not_champion, lost
-    by_hour: dict[int, int]  # hour since 1970 -> rows
+
+    @property
+    def told(self) -> str:
+        "What became of the rows that were read this time, in words."
+        parts = (f"{count} {name.replace('_', ' ')}" for name, count in self.rows.items() if count)
+        return ", ".join(parts) or "nothing new"
 
     @property
     def since(self) -> str:
@@ -274,8 +282,8 @@ class Look:
         return datetime.fromtimestamp(self.moment - self.hours * 3600, UTC).isoformat(timespec="seconds")
 
     def _repr_markdown_(self) -> str:
-        told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.rows.items() if count)
-        head = f"**{self.drift.rows} answers in {self.hours} h** by bundle {self.bundle[:12] or 'none'}; read now: {told or 'nothing new'}."
+        bundle = self.bundle[:12] or "none"
+        head = f"**{self.drift.rows} answers in {self.hours} h** by bundle {bundle}; read now: {self.told}."
         return f"{head}\n\n{self.drift._repr_markdown_()}"
 
 
@@ -315,17 +323,14 @@ def look(
     bundle = bundle or (max(past, key=lambda key: key[1])[0] if past else "")
     window, reference = window_of(seen, bundle, last, hours), references.of(bundle) if bundle else None
     found = analyse(reference, window, rules) if window and reference else Drift(0, rules, ())
-    by_hour = {
-        h: s.rows for (d, h), s in sorted(seen.hours.items()) if d == bundle and last - hours < h <= last
-    }
-    return Look(now, bundle, hours, found, news.rows, by_hour)
+    return Look(now, bundle, hours, found, news.rows)
 
 # %% ../../nbs/06_watch/03_monitor.ipynb #36686f0d
 LOOKED_FOR = ("drift", "predictions_lost")
 _MUCH = 2.5
 
 
-def _severe(found: Any, rules: Rules) -> bool:
+def _severe(found: Finding, rules: Rules) -> bool:
     "Is it far beyond what counts?"
     if found.test == "two_sample":
         return found.size - 0.5 >= _MUCH * (rules.separable - 0.5)
@@ -337,7 +342,7 @@ def alerts_of(
     link: str = "",  # of the report
 ) -> list[Alert]:
     "All that is wrong in a look."
-    worst: dict[str, Any] = {}
+    worst: dict[str, Finding] = {}
     for found in seen.drift.moved:  # most significant first
         kept = worst.get(found.column)
         if kept is None or _severe(found, seen.drift.rules) > _severe(kept, seen.drift.rules):
@@ -361,3 +366,42 @@ def alerts_of(
             Alert(name="predictions_lost", subject="log", summary=said, since=seen.since, link=link)
         )
     return alerts
+
+# %% ../../nbs/06_watch/03_monitor.ipynb #7be11c02
+def open_desk(
+    own: Settings,
+) -> Desk:
+    "The alerts of a store, with the channels that the settings name."
+    return Desk(own.store / "alerts", channels_of(own))
+
+
+def _champion(own: Settings) -> str:  # digest; empty: it can't be said
+    try:
+        return origin_of("champion", own).look().digest
+    except (TitanicError, OSError):  # the registry is away; the one that answered last will do
+        return ""
+
+
+def watch_once(
+    own: Settings,
+    hours: int = 24,  # length of the window
+) -> tuple[Look, list[Alert], Delivery]:
+    "Look, keep the report, note and send the alerts. Raises `AlertError` if another watcher is at it."
+    folder = own.store / "watch"
+    references = References(own.store / "bundles")
+    seen = look(prediction_folder(own), Memory(folder), references, _champion(own), hours)
+    report = write_atomic(folder / "latest.md", f"# Drift\n\n{seen._repr_markdown_()}\n")
+    findings = [vars(finding) | {"moved": finding.moved} for finding in seen.drift.findings]
+    facts = {
+        "since": seen.since,
+        "bundle": seen.bundle,
+        "hours": hours,
+        "rows": seen.drift.rows,
+        "read": seen.rows,
+    }
+    said = json.dumps(facts | {"findings": findings}, indent=1, default=str)
+    write_atomic(folder / "latest.json", said + "\n")
+    desk, alerts = open_desk(own), alerts_of(seen, str(report))
+    if seen.drift.enough:
+        desk.note(alerts, LOOKED_FOR)
+    return seen, alerts, deliver(desk)
