@@ -65,13 +65,12 @@ class Reference:
 
     grid: dict[str, np.ndarray]  # numeric column -> its distinct values, ascending
     words: dict[str, tuple[str, ...]]  # column of words -> its distinct ones
-    table: "pa.Table"  # its rows: columns of a passenger, probability, survived
     sketch: "Sketch"  # the reference as a window
 
     @classmethod
     def of(
         cls,
-        table: "pa.Table",  # rows with the watched columns' sources; `survived` may be there
+        table: "pa.Table",  # columns of a passenger, and `probability`
     ) -> "Reference":
         "The reference of rows."
         grid, words = {}, {}
@@ -80,7 +79,7 @@ class Reference:
             grid[name] = np.unique(values[~np.isnan(values)])
         for name in WORDS:
             words[name] = tuple(sorted({w for w in _words(table, name)[0] if w is not None}))
-        empty = cls(grid, words, table, None)  # type: ignore[arg-type]
+        empty = cls(grid, words, None)  # type: ignore[arg-type]
         return replace(empty, sketch=Sketch.of(empty, table))
 
 
@@ -99,9 +98,9 @@ def reference_table(
 SAMPLE = 1000  # rows of a window that the joint test looks at
 
 
-def _hashes(first: int, count: int, salt: int = 0) -> np.ndarray:
+def _hashes(first: int, count: int) -> np.ndarray:
     "A well-mixed number for each row number (the finalizer of SplitMix64)."
-    x = np.arange(first, first + count, dtype=np.uint64) + np.uint64(salt)
+    x = np.arange(first, first + count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
