@@ -1,0 +1,130 @@
+"""The watcher against a real prediction log: killed at random, two at once, ids twice, models that are not here."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from titanic_mlops.ground.errors import AlertError
+from titanic_mlops.serve.predictions import PredictionLog
+from titanic_mlops.watch.drift import Reference
+from titanic_mlops.watch.monitor import Memory, References, alerts_of, look
+
+START = 1_772_323_200  # an hour begins
+MODEL = SimpleNamespace(version="1", digest="a" * 64, override="", contract_version="1.0.0")
+OTHER = SimpleNamespace(version="2", digest="b" * 64, override="", contract_version="1.0.0")
+
+
+def passengers(count: int, seed: int = 0) -> list[dict]:
+    draws = np.random.default_rng(seed)
+    return [
+        {
+            "name": f"Doe, {draws.choice(['Mr', 'Mrs', 'Miss'])}. X",
+            "pclass": int(draws.integers(1, 4)),
+            "sex": str(draws.choice(["female", "male"])),
+            "age": float(draws.integers(1, 70)) if draws.random() > 0.2 else None,
+            "sibsp": int(draws.integers(0, 3)),
+            "parch": int(draws.integers(0, 3)),
+            "fare": round(float(draws.exponential(30)), 2),
+            "embarked": str(draws.choice(["C", "Q", "S"])),
+        }
+        for _ in range(count)
+    ]
+
+
+def known() -> References:
+    rows = passengers(800)
+    chance = np.random.default_rng(1).random(len(rows))
+    table = pa.table(
+        {k: pa.array([row[k] for row in rows]) for k in rows[0]} | {"probability": pa.array(chance)}
+    )
+    return References(Path("nowhere"), {MODEL.digest: Reference.of(table)})
+
+
+def write(folder: Path, rows: list[dict], model=MODEL, start: float = START, name: str = "r", **more) -> None:
+    log = PredictionLog(folder, say=lambda *_, **__: None)
+    draws = np.random.default_rng(2)
+    for number, row in enumerate(rows):
+        log.append(f"{name}-{number}", int((start + number) * 1e9), model, row, float(draws.random()), **more)
+    log.close()
+
+
+def test_every_answer_counts_once(tmp_path: Path):
+    references, memory = known(), Memory(tmp_path / "watch")
+    log = tmp_path / "predictions"
+    empty = look(log, memory, references, now=START)
+    assert (empty.bundle, empty.drift.enough, alerts_of(empty)) == ("", False, [])
+    write(log, passengers(300, 5))
+    write(log, passengers(10, 6), name="shadow", kind="shadow")
+    write(log, passengers(20, 7), model=OTHER, name="other")
+    write(log, passengers(5, 5))  # the same ids again
+    seen = look(log, memory, references, MODEL.digest, now=START + 600)
+    told = {k: v for k, v in seen.rows.items() if v}
+    assert told == {"counted": 300, "repeated": 5, "unknown_model": 20, "not_champion": 10}
+    again = look(log, memory, references, MODEL.digest, now=START + 600)
+    assert again.drift == seen.drift and again.rows["counted"] == 0
+
+
+def test_a_small_window_and_a_clock_that_is_ahead(tmp_path: Path):
+    references, memory = known(), Memory(tmp_path / "watch")
+    write(tmp_path / "predictions", passengers(50))
+    write(tmp_path / "predictions", passengers(30), start=START + 86_400, name="ahead")
+    seen = look(tmp_path / "predictions", memory, references, MODEL.digest, now=START + 600)
+    assert seen.rows["ahead"] == 30 and seen.drift.rows == 50 and not seen.drift.enough
+    assert alerts_of(seen) == []
+
+
+def test_many_looks_are_joined_and_a_damaged_file_is_named(tmp_path: Path):
+    references, memory = known(), Memory(tmp_path / "watch")
+    for number in range(60):
+        write(tmp_path / "predictions", passengers(4, number), name=f"n{number}")
+        seen = look(tmp_path / "predictions", memory, references, MODEL.digest, now=START + 600)
+    assert seen.drift.rows == 240 and len(list(memory.folder.glob("*.npz"))) < 50
+    sorted(memory.folder.glob("look-*.npz"))[-1].write_bytes(b"no archive")
+    with pytest.raises(AlertError, match="can't be read"):
+        look(tmp_path / "predictions", memory, references, now=START + 600)
+
+
+WATCHER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_watch import MODEL, START, known
+from titanic_mlops.watch.monitor import Memory, look
+
+folder, references = Path(sys.argv[1]), known()
+print("ready", flush=True)
+while True:
+    seen = look(folder / "predictions", Memory(folder / "watch"), references, MODEL.digest, now=START + 3000)
+    print(seen.drift.rows, flush=True)
+"""
+
+
+@pytest.mark.long
+def test_watchers_that_are_killed_count_every_answer_once(tmp_path: Path):
+    rng, rows = random.Random(4), 0
+    for turn in range(6):
+        command = [sys.executable, "-c", WATCHER, str(tmp_path), str(Path(__file__).parent)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        write(tmp_path / "predictions", passengers(200, turn), name=f"turn{turn}")
+        rows += 200
+        time.sleep(rng.uniform(0, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    seen = look(tmp_path / "predictions", Memory(tmp_path / "watch"), known(), MODEL.digest, now=START + 3000)
+    assert seen.drift.rows == rows
+
+
+def test_of_two_watchers_one_is_told(tmp_path: Path):
+    memory = Memory(tmp_path / "watch")
+    with memory.mine(), pytest.raises(AlertError, match="another watcher"):
+        look(tmp_path / "predictions", Memory(tmp_path / "watch"), known(), now=START)
