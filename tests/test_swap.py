@@ -429,6 +429,13 @@ class Registry:
         if self.mood == "garbage":
             to.wfile.write(b"\x16\x03\x01\x02\x00\x01\x00 what?\r\n\r\n")
             return
+        if self.mood == "dribbling":
+            to.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+            for letter in b"{}" + b" " * 100:
+                to.wfile.write(bytes([letter]))
+                to.wfile.flush()
+                time.sleep(0.05)
+            return
         path, content = to.path.split("?")[0], None
         if self.mood == "odd":
             content = b'{"model_version": [1, 2, 3]}'
@@ -465,6 +472,7 @@ class Registry:
 
 MOODS = {
     "slow": "gave no answer within",
+    "dribbling": "gave no answer within",
     "garbage": "is away: BadStatusLine",
     "odd": "names no version",
     "html": "not JSON",
