@@ -1,6 +1,7 @@
 """Models that come and go in real servers: swaps under load, bad bundles, registries that misbehave, workers that are killed."""
 
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -23,13 +24,14 @@ import pytest
 from checkout import BIN, ROOT
 
 from titanic_mlops.data.features import CATEGORICAL, NUMERIC
-from titanic_mlops.ground.errors import RegistryError
+from titanic_mlops.ground.errors import RegistryError, SettingsError
 from titanic_mlops.ground.settings import settings
 from titanic_mlops.ground.store import canonical_json, digest
 from titanic_mlops.model.bundle import BundleInfo, Lineage, new_key, sign, write_bundle
 from titanic_mlops.model.ledger import Ledger
 from titanic_mlops.serve.models import Models, Watch, admit, open_models
 from titanic_mlops.serve.origins import FolderOrigin, RegistryOrigin
+from titanic_mlops.serve.server import bind
 
 PASSENGER = {
     "pclass": 3, "name": "Dean, Miss. Millvina", "sex": "female", "age": 0.17, "sibsp": 1, "parch": 2,
@@ -720,6 +722,15 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path: Path, bundles: dict[str,
             check=False,
         )
     assert done.returncode == 2 and "the port is taken" in done.stderr and "ss -ltnp" in done.stderr
+
+
+def test_a_kind_of_address_that_the_machine_does_not_speak_is_said(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(SettingsError, match="can't listen here: Address family not supported"):
+        bind("::1", 0)
 
 
 HEAVY = (

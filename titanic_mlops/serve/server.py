@@ -42,12 +42,13 @@ def bind(
     where = f"{host}:{port}"
     if not 0 <= port < 65536:
         raise SettingsError("no such port", where=where, rule="from 0 to 65535")
+    listener: socket.socket | None = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # the latter: a name with a part that is empty or too long
         raise SettingsError("no such host", where=where, do="--host 127.0.0.1, or 0.0.0.0 for all") from None
     except OSError as error:
         what, do = {
@@ -58,7 +59,8 @@ def bind(
             errno.EACCES: ("this port is not for everybody", "a --port from 1024 on"),
             errno.EADDRNOTAVAIL: ("this machine has no such address", "--host 127.0.0.1, or 0.0.0.0 for all"),
         }.get(error.errno or 0, (f"can't listen here: {error.strerror}", "another --port or --host"))
-        listener.close()
+        if listener is not None:
+            listener.close()
         raise SettingsError(what, where=where, do=do) from None
     return listener
 
