@@ -555,7 +555,7 @@ def test_a_server_that_starts_while_the_registry_is_away_serves_what_served_last
         open_models({"champion": origin}, tmp_path / "third", trusted=[], memory=memory)
 
 
-def test_what_served_long_ago_is_not_kept(tmp_path: Path, bundles: dict[str, Path]):
+def test_what_served_long_ago_or_was_refused_is_not_kept(tmp_path: Path, bundles: dict[str, Path]):
     models = Models()
     deliver = lambda kind, offer, folder: models.install(admit(folder, offer, kind, []))
     watch = Watch("champion", FolderOrigin(tmp_path / "drop"), tmp_path / "kept", deliver)
@@ -565,6 +565,9 @@ def test_what_served_long_ago_is_not_kept(tmp_path: Path, bundles: dict[str, Pat
         watch.step()
         seen.add(models.champion.version)
     assert len(seen) == 8 and len(list((tmp_path / "kept" / "champion").iterdir())) == 4
+    put(bundles["nan"], tmp_path / "drop")
+    watch.step()
+    assert watch.told()["refused"] and len(list((tmp_path / "kept" / "champion").iterdir())) == 4
 
 
 def made_store(store: Path, bundles: dict[str, Path]) -> Ledger:

@@ -2633,6 +2633,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.Shelf.__init__': ( '05_serve/models.html#shelf.__init__',
                                                                                            'titanic_mlops/serve/models.py'),
+                                            'titanic_mlops.serve.models.Shelf.drop': ( '05_serve/models.html#shelf.drop',
+                                                                                       'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.Shelf.keep': ( '05_serve/models.html#shelf.keep',
                                                                                        'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.Shelf.recall': ( '05_serve/models.html#shelf.recall',

@@ -500,6 +500,11 @@ class Shelf:
                 shutil.copytree(bundle, aside / "bundle")
                 (aside / "offer.json").write_text(json.dumps(asdict(offer)))
 
+    def drop(self, bundle: Path | None) -> None:
+        "Forget a bundle that was refused, unless it is one that serves or did."
+        if bundle is not None and bundle not in self._kept:
+            shutil.rmtree(bundle, ignore_errors=True)
+
     def recall(self) -> tuple[Offer, Path] | None:
         "What served when the last process ended, if anything is known of that."
         if self._memory is None:
@@ -589,9 +594,12 @@ class Watch(Offered):
 
     def _take(self, offer: Offer) -> None:
         evidence = self.origin.evidence(offer)
+        folder: Path | None = None
         try:
-            self._hand_on(offer, self.origin.fetch(offer, self._shelf.folder))
+            folder = self.origin.fetch(offer, self._shelf.folder)
+            self._hand_on(offer, folder)
         except (BundleError, ContractError) as error:
+            self._shelf.drop(folder)
             why = _line(error)
             self.refused = {"version": offer.version, "why": why, "mark": offer.mark, "evidence": evidence}
             self._say(
