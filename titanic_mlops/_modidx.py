@@ -2607,6 +2607,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.Models.__init__': ( '05_serve/models.html#models.__init__',
                                                                                             'titanic_mlops/serve/models.py'),
+                                            'titanic_mlops.serve.models.Models._abandon': ( '05_serve/models.html#models._abandon',
+                                                                                            'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.Models._later': ( '05_serve/models.html#models._later',
                                                                                           'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.Models.after': ( '05_serve/models.html#models.after',

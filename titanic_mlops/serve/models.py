@@ -235,26 +235,27 @@ def say_nothing(event: str, severity: str = "INFO", **facts: Any) -> None:
 class Aside:
     "A thread that does later what need not be done now. It starts with the first note."
 
-    def __init__(self, work: Callable[..., None], say: Say, room: int = ROOM):
-        self._work, self._say, self._room = work, say, room
+    def __init__(self, say: Say, room: int = ROOM):
+        self._say, self._room = say, room
         self._notes: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self.overflowed = 0
 
-    def note(self, *facts: Any) -> None:
-        "Have it done, if there is room."
+    def note(self, work: Callable[..., None], *facts: Any) -> None:
+        "Have work done with facts, if there is room."
         if self._notes.qsize() >= self._room:
             self.overflowed += 1
             return
-        self._notes.put(facts)
+        self._notes.put((work, *facts))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="titanic-aside", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
-        while (facts := self._notes.get()) is not None:
+        while (noted := self._notes.get()) is not None:
+            work, *facts = noted
             try:
-                self._work(*facts)
+                work(*facts)
             except Exception as error:
                 self._say("what was to be done after an answer failed", "ERROR", error=str(error)[:200])
 
@@ -372,7 +373,7 @@ class Models(Slots):
         super().__init__(share, bounds, say)
         self.log, self.lead, self.leaving = log, Lead(self), False
         self.shadow_errors = 0
-        self._aside = Aside(self._later, self.say)
+        self._aside = Aside(self.say)
 
     def after(
         self,
@@ -384,7 +385,7 @@ class Models(Slots):
     ) -> None:
         "To be called when an answer is out. Costs nothing if there is neither shadow nor canary."
         if self.shadow is not None or served.kind == "canary":
-            self._aside.note(served, passenger, probability, request_id, key)
+            self._aside.note(self._later, served, passenger, probability, request_id, key)
 
     def failed(self, served: Served) -> Served:
         "A canary raised instead of answering. Returns the champion, who shall answer. Raises if it was the champion."
@@ -392,18 +393,25 @@ class Models(Slots):
             raise
         canary = self.canary
         if canary is not None and canary.served is served and (why := canary.failed()):
-            self._aside.note(served, None, why, "", "")  # abandoning may wait for other processes
+            self._aside.note(self._abandon, served, why)  # which may wait for other processes
         return self.champion
 
-    def _later(self, served: Served, passenger: Any, probability: Any, request_id: str, key: str) -> None:
+    def _later(
+        self, served: Served, passenger: Mapping[str, Any], probability: float, request_id: str, key: str
+    ) -> None:
         canary, champion, shadow = self.canary, self.champion, self.shadow
-        why = probability if passenger is None else ""
-        if passenger is not None and shadow is not None:
+        if shadow is not None:
             _ask_shadow(self, shadow, passenger, request_id, key)
+        why = ""
         if canary is not None and champion is not None and canary.served is served:
-            why = why or canary.compare(champion, passenger, probability)
-            if why:
-                self.lead.abandon(why)
+            why = canary.compare(champion, passenger, probability)
+        if why:
+            self.lead.abandon(why)
+
+    def _abandon(self, served: Served, why: str) -> None:
+        canary = self.canary
+        if canary is not None and canary.served is served:  # it may have gone meanwhile
+            self.lead.abandon(why)
 
     def rollback(self) -> Served:
         "Let the champion before answer again, in all workers. Raises `RegistryError` if there is none."
