@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIED_ON', 'ROOM', 'Say', 'SLOWEST', 'Deliver', 'Served', 'try_out', 'short_turns', 'admit', 'Bounds', 'surely_above',
            'Trial', 'lot', 'Canary', 'say_nothing', 'Aside', 'Slots', 'Lead', 'Models', 'state_of', 'measure', 'Shelf',
-           'Offered', 'Watch', 'Follow', 'Alone', 'open_models', 'model_router']
+           'Offered', 'Watch', 'Follow', 'Alone', 'watches_of', 'open_models', 'model_router']
 
 # %% ../../nbs/05_serve/06_models.ipynb #dc77dd40
 import contextlib
@@ -691,6 +691,21 @@ class Alone(Lead):
         self.follow.close()
 
 
+def watches_of(
+    origins: Mapping[str, Origin],  # kind -> where it comes from
+    into: Path,  # folder for bundles, of this process alone
+    deliver: Deliver,
+    every: float | None,  # seconds between two looks; None: the origins'
+    say: Say,
+    memory: Path | None,  # folder in which the champion outlives the process
+) -> list[Watch]:
+    "A watch over each origin."
+    outlives = lambda kind: memory if kind == "champion" else None
+    return [
+        Watch(kind, origin, into, deliver, every, say, outlives(kind)) for kind, origin in origins.items()
+    ]
+
+
 def open_models(
     origins: Mapping[str, Origin],  # kind -> where it comes from
     into: Path,  # folder for bundles, of this process alone
@@ -702,12 +717,7 @@ def open_models(
     "The models of a process that decides for itself, followed from now on. Raises `TitanicError` if there is no champion."
     models = Models(**kept)
     deliver = lambda kind, offer, folder: models.install(admit(folder, offer, kind, trusted))
-    outlives = lambda kind: memory if kind == "champion" else None
-    watches = [
-        Watch(kind, origin, into, deliver, every, models.say, outlives(kind))
-        for kind, origin in origins.items()
-    ]
-    follow = Follow(watches)
+    follow = Follow(watches_of(origins, into, deliver, every, models.say, memory))
     models.lead = Alone(models, follow)
     follow.first()
     follow.start()

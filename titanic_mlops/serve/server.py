@@ -30,7 +30,7 @@ from typing import Any
 import uvicorn
 
 from ..ground.errors import BundleError, RegistryError, SettingsError, TitanicError
-from .models import Follow, Lead, Models, Say, Watch, admit, open_models, say_nothing
+from .models import Follow, Lead, Models, Say, admit, open_models, say_nothing, watches_of
 from .origins import Offer, Origin
 
 # %% ../../nbs/05_serve/10_server.ipynb #a74d2793
@@ -682,11 +682,7 @@ def _together(
 
     parent = Parent(say=say)
     deliver = lambda *facts: parent.deliver(*facts) if parent.members else parent.adopt(*facts)
-    outlives = lambda kind: plan.memory if kind == "champion" else None
-    watches = [
-        Watch(kind, origin, into, deliver, plan.every, say, outlives(kind))
-        for kind, origin in plan.origins.items()
-    ]
+    watches = watches_of(plan.origins, into, deliver, plan.every, say, plan.memory)
     follow = Follow(watches)
     follow.changed = parent.news
     Follow(watches[:1]).first()  # the champion; the others can wait until somebody can load them
