@@ -359,6 +359,13 @@ def _ask_shadow(models: Any, shadow: Served, passenger: Mapping[str, Any], reque
         facts = {"kind": "shadow", "arm": "shadow", "key": key}
         models.log.append(request_id, time.time_ns(), shadow, dict(passenger), probability, **facts)
 
+
+def _let_go(models: Any, served: Served, why: str) -> None:
+    "Abandon a canary, if there is a reason and it has not gone meanwhile."
+    canary = models.canary
+    if why and canary is not None and canary.served is served:
+        models.lead.abandon(why)
+
 # %% ../../nbs/05_serve/06_models.ipynb #674cc8b2
 class Models(Slots):
     "The models of one worker, as the app uses them."
@@ -393,25 +400,15 @@ class Models(Slots):
             raise
         canary = self.canary
         if canary is not None and canary.served is served and (why := canary.failed()):
-            self._aside.note(self._abandon, served, why)  # which may wait for other processes
+            self._aside.note(_let_go, self, served, why)  # which may wait for other processes
         return self.champion
 
-    def _later(
-        self, served: Served, passenger: Mapping[str, Any], probability: float, request_id: str, key: str
-    ) -> None:
+    def _later(self, served: Served, passenger: Any, probability: float, request_id: str, key: str) -> None:
         canary, champion, shadow = self.canary, self.champion, self.shadow
         if shadow is not None:
             _ask_shadow(self, shadow, passenger, request_id, key)
-        why = ""
         if canary is not None and champion is not None and canary.served is served:
-            why = canary.compare(champion, passenger, probability)
-        if why:
-            self.lead.abandon(why)
-
-    def _abandon(self, served: Served, why: str) -> None:
-        canary = self.canary
-        if canary is not None and canary.served is served:  # it may have gone meanwhile
-            self.lead.abandon(why)
+            _let_go(self, served, canary.compare(champion, passenger, probability))
 
     def rollback(self) -> Served:
         "Let the champion before answer again, in all workers. Raises `RegistryError` if there is none."
