@@ -32,6 +32,7 @@ import uvicorn
 from ..ground.errors import BundleError, RegistryError, SettingsError, TitanicError
 from .models import Follow, Lead, Models, Say, admit, open_models, say_nothing, watches_of
 from .origins import Offer, Origin
+from .predictions import say_to_stderr
 
 # %% ../../nbs/05_serve/10_server.ipynb #a74d2793
 def bind(
@@ -66,11 +67,9 @@ def bind(
 
 # %% ../../nbs/05_serve/10_server.ipynb #1655f818
 def say(event: str, severity: str = "INFO", **facts: Any) -> None:
-    "Write an event to the standard error."
+    "Write an event to the standard error, with its time and process."
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"severity": severity, "message": event, "time": now, "pid": os.getpid(), **facts}
-    with contextlib.suppress(OSError):  # nobody reads it
-        os.write(2, json.dumps(line, default=str).encode() + b"\n")
+    say_to_stderr(event, severity, **{"time": now, "pid": os.getpid(), **facts})
 
 # %% ../../nbs/05_serve/10_server.ipynb #75cf2c7c
 class Leaving(uvicorn.Server):
