@@ -9,6 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+NOT_FOR_SERVERS = {  # libraries of the pipeline, which a serving process must not import
+    "great_expectations", "matplotlib", "mlflow", "onnx", "pandas", "pandera", "papermill", "prefect",
+    "pyarrow", "ray", "scipy", "skl2onnx", "sklearn", "skops",
+}  # fmt: skip
 QUICK = ("cv.folds=3", "cv.repeats=1")  # overrides for runs whose figures don't matter
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checkout import BIN, ROOT, Checkout, checkout
+from checkout import BIN, NOT_FOR_SERVERS, ROOT, Checkout, checkout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_sources import free_port, process
@@ -240,18 +240,7 @@ def test_the_champion_of_a_store_without_mlflow_in_the_process(bundle: Path):
     done = subprocess.run(
         [str(BIN / "python"), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    heavy = {
-        "pandas",
-        "sklearn",
-        "mlflow",
-        "prefect",
-        "ray",
-        "great_expectations",
-        "pandera",
-        "fastcore",
-        "onnx",
-    }
-    assert not heavy & set(done.stdout.split())
+    assert not {*NOT_FOR_SERVERS, "fastcore"} & set(done.stdout.split())
 
 
 # --- buckets

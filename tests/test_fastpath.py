@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from checkout import NOT_FOR_SERVERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,11 +20,6 @@ from titanic_mlops.data.targets import REQUEST_ROLES, request_model
 from titanic_mlops.model.bundle import Bundle, BundleInfo, Lineage, to_onnx, write_bundle
 from titanic_mlops.model.train import Candidate, fit
 from titanic_mlops.serve.fastpath import FastModel
-
-NOT_FOR_SERVERS = {
-    "great_expectations", "matplotlib", "mlflow", "onnx", "pandas", "pandera", "papermill", "prefect",
-    "pyarrow", "ray", "scipy", "skl2onnx", "sklearn", "skops",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["logistic", "boosting"])
@@ -76,6 +72,7 @@ from starlette.testclient import TestClient
 from titanic_mlops.model.bundle import Bundle
 from titanic_mlops.serve.app import create_app
 from titanic_mlops.serve.fastpath import FastModel
+
 from titanic_mlops.serve.predict import OneModel
 client = TestClient(create_app(OneModel(FastModel(Bundle(Path({str(bundle.folder)!r}), [])))))
 dean = dict(pclass=3, name="Dean, Miss. Millvina", sex="female", sibsp=1, parch=2, ticket="2315")

@@ -1,6 +1,7 @@
 """Models that come and go in real servers: swaps under load, bad bundles, registries that misbehave, workers that are killed."""
 
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -20,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import BIN, ROOT
+from checkout import BIN, NOT_FOR_SERVERS, ROOT
 
 from titanic_mlops.data.features import CATEGORICAL, NUMERIC
-from titanic_mlops.ground.errors import RegistryError
+from titanic_mlops.ground.errors import RegistryError, SettingsError
 from titanic_mlops.ground.settings import settings
 from titanic_mlops.ground.store import canonical_json, digest
 from titanic_mlops.model.bundle import BundleInfo, Lineage, new_key, sign, write_bundle
 from titanic_mlops.model.ledger import Ledger
 from titanic_mlops.serve.models import Models, Watch, admit, open_models
 from titanic_mlops.serve.origins import FolderOrigin, RegistryOrigin
+from titanic_mlops.serve.server import bind
 
 PASSENGER = {
     "pclass": 3, "name": "Dean, Miss. Millvina", "sex": "female", "age": 0.17, "sibsp": 1, "parch": 2,
@@ -429,6 +431,13 @@ class Registry:
         if self.mood == "garbage":
             to.wfile.write(b"\x16\x03\x01\x02\x00\x01\x00 what?\r\n\r\n")
             return
+        if self.mood == "dribbling":
+            to.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+            for letter in b"{}" + b" " * 100:
+                to.wfile.write(bytes([letter]))
+                to.wfile.flush()
+                time.sleep(0.05)
+            return
         path, content = to.path.split("?")[0], None
         if self.mood == "odd":
             content = b'{"model_version": [1, 2, 3]}'
@@ -465,6 +474,7 @@ class Registry:
 
 MOODS = {
     "slow": "gave no answer within",
+    "dribbling": "gave no answer within",
     "garbage": "is away: BadStatusLine",
     "odd": "names no version",
     "html": "not JSON",
@@ -545,7 +555,7 @@ def test_a_server_that_starts_while_the_registry_is_away_serves_what_served_last
         open_models({"champion": origin}, tmp_path / "third", trusted=[], memory=memory)
 
 
-def test_what_served_long_ago_is_not_kept(tmp_path: Path, bundles: dict[str, Path]):
+def test_what_served_long_ago_or_was_refused_is_not_kept(tmp_path: Path, bundles: dict[str, Path]):
     models = Models()
     deliver = lambda kind, offer, folder: models.install(admit(folder, offer, kind, []))
     watch = Watch("champion", FolderOrigin(tmp_path / "drop"), tmp_path / "kept", deliver)
@@ -555,6 +565,9 @@ def test_what_served_long_ago_is_not_kept(tmp_path: Path, bundles: dict[str, Pat
         watch.step()
         seen.add(models.champion.version)
     assert len(seen) == 8 and len(list((tmp_path / "kept" / "champion").iterdir())) == 4
+    put(bundles["nan"], tmp_path / "drop")
+    watch.step()
+    assert watch.told()["refused"] and len(list((tmp_path / "kept" / "champion").iterdir())) == 4
 
 
 def made_store(store: Path, bundles: dict[str, Path]) -> Ledger:
@@ -714,18 +727,13 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path: Path, bundles: dict[str,
     assert done.returncode == 2 and "the port is taken" in done.stderr and "ss -ltnp" in done.stderr
 
 
-HEAVY = (
-    "pandas",
-    "sklearn",
-    "mlflow",
-    "prefect",
-    "ray",
-    "great_expectations",
-    "pandera",
-    "scipy",
-    "skl2onnx",
-    "onnx",
-)
+def test_a_kind_of_address_that_the_machine_does_not_speak_is_said(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(SettingsError, match="can't listen here: Address family not supported"):
+        bind("::1", 0)
 
 
 def test_a_server_imports_nothing_of_the_pipeline(tmp_path: Path, bundles: dict[str, Path]):
@@ -743,7 +751,7 @@ def test_a_server_imports_nothing_of_the_pipeline(tmp_path: Path, bundles: dict[
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
     )
-    assert set(HEAVY).isdisjoint(done.stdout.split())
+    assert not NOT_FOR_SERVERS & set(done.stdout.split())
 
 
 # --- shadow and canary

@@ -423,24 +423,22 @@ def _recorded(
     return same[-1]
 
 # %% ../../nbs/04_flow/10_verify.ipynb #5d0e3a13
-_LOOKED_AT = ("pclass", "name", "sex", "age", "sibsp", "parch", "fare", "embarked")  # by the features
-
-
 def _require_same_answer(record: Mapping[str, Any], bundle: "Bundle") -> str:  # what was seen
     "Raise `StoreError` unless the model comes to the same probability again."
     import pandas as pd
 
     from titanic_mlops.data.features import DOUBTFUL, feature_frame
+    from titanic_mlops.model.background import EXPLAINED
     from titanic_mlops.model.bundle import PARITY, run_graph
 
     ways = dict(
         part.split("=", 1) for part in (record.get("redacted") or "").replace(" ", "").split(",") if part
     )
-    looked_at = [*_LOOKED_AT, *(("cabin",) if set(DOUBTFUL) & set(bundle.info.inputs) else ())]
+    looked_at = [*EXPLAINED, *(("cabin",) if set(DOUBTFUL) & set(bundle.info.inputs) else ())]
     lacking = [name for name in looked_at if ways.get(name) in ("drop", "hash")]
     if lacking:
         return f"can't be computed again: {', '.join(lacking)} was not recorded as it was"
-    rows = pd.DataFrame([{name: record[name] for name in (*_LOOKED_AT, "cabin")}])
+    rows = pd.DataFrame([{name: record[name] for name in (*EXPLAINED, "cabin")}])
     [again] = run_graph(bundle.session, feature_frame(rows))
     _demand(
         abs(again - record["probability"]) <= PARITY,

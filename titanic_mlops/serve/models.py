@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIED_ON', 'ROOM', 'Say', 'SLOWEST', 'Deliver', 'Served', 'try_out', 'short_turns', 'admit', 'Bounds', 'surely_above',
            'Trial', 'lot', 'Canary', 'say_nothing', 'Aside', 'Slots', 'Lead', 'Models', 'state_of', 'measure', 'Shelf',
-           'Offered', 'Watch', 'Follow', 'Alone', 'open_models', 'model_router']
+           'Offered', 'Watch', 'Follow', 'Alone', 'watches_of', 'open_models', 'model_router']
 
 # %% ../../nbs/05_serve/06_models.ipynb #dc77dd40
 import contextlib
@@ -235,26 +235,27 @@ def say_nothing(event: str, severity: str = "INFO", **facts: Any) -> None:
 class Aside:
     "A thread that does later what need not be done now. It starts with the first note."
 
-    def __init__(self, work: Callable[..., None], say: Say, room: int = ROOM):
-        self._work, self._say, self._room = work, say, room
+    def __init__(self, say: Say, room: int = ROOM):
+        self._say, self._room = say, room
         self._notes: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self.overflowed = 0
 
-    def note(self, *facts: Any) -> None:
-        "Have it done, if there is room."
+    def note(self, work: Callable[..., None], *facts: Any) -> None:
+        "Have work done with facts, if there is room."
         if self._notes.qsize() >= self._room:
             self.overflowed += 1
             return
-        self._notes.put(facts)
+        self._notes.put((work, *facts))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="titanic-aside", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
-        while (facts := self._notes.get()) is not None:
+        while (noted := self._notes.get()) is not None:
+            work, *facts = noted
             try:
-                self._work(*facts)
+                work(*facts)
             except Exception as error:
                 self._say("what was to be done after an answer failed", "ERROR", error=str(error)[:200])
 
@@ -358,6 +359,13 @@ def _ask_shadow(models: Any, shadow: Served, passenger: Mapping[str, Any], reque
         facts = {"kind": "shadow", "arm": "shadow", "key": key}
         models.log.append(request_id, time.time_ns(), shadow, dict(passenger), probability, **facts)
 
+
+def _let_go(models: Any, served: Served, why: str) -> None:
+    "Abandon a canary, if there is a reason and it has not gone meanwhile."
+    canary = models.canary
+    if why and canary is not None and canary.served is served:
+        models.lead.abandon(why)
+
 # %% ../../nbs/05_serve/06_models.ipynb #674cc8b2
 class Models(Slots):
     "The models of one worker, as the app uses them."
@@ -372,7 +380,7 @@ class Models(Slots):
         super().__init__(share, bounds, say)
         self.log, self.lead, self.leaving = log, Lead(self), False
         self.shadow_errors = 0
-        self._aside = Aside(self._later, self.say)
+        self._aside = Aside(self.say)
 
     def after(
         self,
@@ -384,7 +392,7 @@ class Models(Slots):
     ) -> None:
         "To be called when an answer is out. Costs nothing if there is neither shadow nor canary."
         if self.shadow is not None or served.kind == "canary":
-            self._aside.note(served, passenger, probability, request_id, key)
+            self._aside.note(self._later, served, passenger, probability, request_id, key)
 
     def failed(self, served: Served) -> Served:
         "A canary raised instead of answering. Returns the champion, who shall answer. Raises if it was the champion."
@@ -392,18 +400,15 @@ class Models(Slots):
             raise
         canary = self.canary
         if canary is not None and canary.served is served and (why := canary.failed()):
-            self._aside.note(served, None, why, "", "")  # abandoning may wait for other processes
+            self._aside.note(_let_go, self, served, why)  # which may wait for other processes
         return self.champion
 
-    def _later(self, served: Served, passenger: Any, probability: Any, request_id: str, key: str) -> None:
+    def _later(self, served: Served, passenger: Any, probability: float, request_id: str, key: str) -> None:
         canary, champion, shadow = self.canary, self.champion, self.shadow
-        why = probability if passenger is None else ""
-        if passenger is not None and shadow is not None:
+        if shadow is not None:
             _ask_shadow(self, shadow, passenger, request_id, key)
         if canary is not None and champion is not None and canary.served is served:
-            why = why or canary.compare(champion, passenger, probability)
-            if why:
-                self.lead.abandon(why)
+            _let_go(self, served, canary.compare(champion, passenger, probability))
 
     def rollback(self) -> Served:
         "Let the champion before answer again, in all workers. Raises `RegistryError` if there is none."
@@ -500,6 +505,11 @@ class Shelf:
                 shutil.copytree(bundle, aside / "bundle")
                 (aside / "offer.json").write_text(json.dumps(asdict(offer)))
 
+    def drop(self, bundle: Path | None) -> None:
+        "Forget a bundle that was refused, unless it is one that serves or did."
+        if bundle is not None and bundle not in self._kept:
+            shutil.rmtree(bundle, ignore_errors=True)
+
     def recall(self) -> tuple[Offer, Path] | None:
         "What served when the last process ended, if anything is known of that."
         if self._memory is None:
@@ -589,9 +599,12 @@ class Watch(Offered):
 
     def _take(self, offer: Offer) -> None:
         evidence = self.origin.evidence(offer)
+        folder: Path | None = None
         try:
-            self._hand_on(offer, self.origin.fetch(offer, self._shelf.folder))
+            folder = self.origin.fetch(offer, self._shelf.folder)
+            self._hand_on(offer, folder)
         except (BundleError, ContractError) as error:
+            self._shelf.drop(folder)
             why = _line(error)
             self.refused = {"version": offer.version, "why": why, "mark": offer.mark, "evidence": evidence}
             self._say(
@@ -675,6 +688,21 @@ class Alone(Lead):
         self.follow.close()
 
 
+def watches_of(
+    origins: Mapping[str, Origin],  # kind -> where it comes from
+    into: Path,  # folder for bundles, of this process alone
+    deliver: Deliver,
+    every: float | None,  # seconds between two looks; None: the origins'
+    say: Say,
+    memory: Path | None,  # folder in which the champion outlives the process
+) -> list[Watch]:
+    "A watch over each origin."
+    outlives = lambda kind: memory if kind == "champion" else None
+    return [
+        Watch(kind, origin, into, deliver, every, say, outlives(kind)) for kind, origin in origins.items()
+    ]
+
+
 def open_models(
     origins: Mapping[str, Origin],  # kind -> where it comes from
     into: Path,  # folder for bundles, of this process alone
@@ -686,12 +714,7 @@ def open_models(
     "The models of a process that decides for itself, followed from now on. Raises `TitanicError` if there is no champion."
     models = Models(**kept)
     deliver = lambda kind, offer, folder: models.install(admit(folder, offer, kind, trusted))
-    outlives = lambda kind: memory if kind == "champion" else None
-    watches = [
-        Watch(kind, origin, into, deliver, every, models.say, outlives(kind))
-        for kind, origin in origins.items()
-    ]
-    follow = Follow(watches)
+    follow = Follow(watches_of(origins, into, deliver, every, models.say, memory))
     models.lead = Alone(models, follow)
     follow.first()
     follow.start()

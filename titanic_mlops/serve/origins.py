@@ -12,10 +12,11 @@ import http.client
 import json
 import os
 import re
+import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -206,18 +207,25 @@ class Line:
         "A connection that is cut when patience ends."
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         line = kind(self._parts.hostname or "", self._parts.port, timeout=self.patience)
-        late = threading.Event()
+        late, held = threading.Event(), list[socket.socket]()
 
         def cut() -> None:
             late.set()
-            if line.sock is not None:
-                line.sock.shutdown(2)  # wakes whoever waits for a byte
+            for sock in held:
+                with suppress(OSError):  # it has ended meanwhile
+                    sock.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for a byte
 
         timer = threading.Timer(self.patience, cut)
         timer.daemon = True
         timer.start()
         try:
+            line.connect()
+            held.append(line.sock)  # of its own accord, the line lets go of it before a last answer is read
+            if late.is_set():
+                raise TimeoutError
             yield line
+            if late.is_set():  # a body without a length that was cut looks whole
+                raise TimeoutError
         except (OSError, http.client.HTTPException, ValueError) as error:
             slow = late.is_set() or isinstance(error, TimeoutError)
             what = (
@@ -285,7 +293,7 @@ class Place:
         address: str,  # path, file:, mlflow-artifacts:, http:, s3:, gs:
         rest: Rest | None = None,  # the MLflow server that passes artefacts on
     ):
-        self.address, self._rest, self._fs = address, rest, None
+        self.address, self._rest, self._fs = address, None, None
         scheme = urlsplit(address).scheme
         self._path = address if not scheme else unquote(urlsplit(address).path)
         if scheme in ("mlflow-artifacts", "http", "https"):
@@ -293,12 +301,9 @@ class Place:
                 raise RegistryError(
                     "these files lie behind an MLflow server", where=address, do="set TITANIC_MLFLOW_URI"
                 )
-            self._path = self._path.split(_ARTIFACTS)[-1].lstrip("/")
+            self._rest, self._path = rest, self._path.split(_ARTIFACTS)[-1].lstrip("/")
         elif scheme not in ("", "file"):
             self._fs, self._path = self._open()
-            self._rest = None
-        else:
-            self._rest = None
 
     def _open(self) -> tuple[Any, str]:
         import fsspec

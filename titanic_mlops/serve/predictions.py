@@ -162,7 +162,9 @@ Say = Callable[..., None]
 def say_to_stderr(message: str, severity: str = "INFO", **facts: Any) -> None:
     "One line of JSON, with the names that Google Cloud Logging knows."
     with contextlib.suppress(OSError):  # nobody listens any more, and serving goes on
-        os.write(2, json.dumps({"severity": severity, "message": message, **facts}).encode() + b"\n")
+        os.write(
+            2, json.dumps({"severity": severity, "message": message, **facts}, default=str).encode() + b"\n"
+        )
 
 
 class _Encoding:

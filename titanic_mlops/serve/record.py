@@ -81,23 +81,22 @@ def _fitting(values: Sequence[Any], kind: "pa.DataType", tally: Tally) -> "pa.Ar
     "Values as an array; those that are of another kind are left out."
     import pyarrow as pa
 
-    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    word = pa.types.is_dictionary(kind)
+    plain = kind.value_type if word else pa.int64() if pa.types.is_timestamp(kind) else kind
     try:
-        array = pa.array(values, pa.int64() if pa.types.is_timestamp(kind) else inner)
+        array = pa.array(values, plain)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         kept = []
         for value in values:
             if isinstance(value, str):  # a lone surrogate is JSON, but no Unicode
                 value = value.encode("utf-8", "replace").decode()
             try:
-                kept.append(pa.scalar(value, pa.int64() if pa.types.is_timestamp(kind) else inner).as_py())
+                kept.append(pa.scalar(value, plain).as_py())
             except (pa.ArrowException, TypeError, ValueError, OverflowError):
                 kept.append(None)
                 tally.unfit += 1
-        array = pa.array(kept, pa.int64() if pa.types.is_timestamp(kind) else inner)
-    if pa.types.is_dictionary(kind):
-        return array.dictionary_encode()
-    return array.cast(kind) if pa.types.is_timestamp(kind) else array
+        array = pa.array(kept, plain)
+    return array.dictionary_encode() if word else array.cast(kind)
 
 
 def _batch(
@@ -145,10 +144,11 @@ def segment_batches(
             elif found.kind == ROWS:
                 content = json.loads(found.content)
                 models = content["models"]
+                place = fields.index("model") if models else 0
                 for row in content["rows"]:
                     if row[0] >= after:
                         if models:
-                            row[fields.index("model")] = models[row[fields.index("model")]]
+                            row[place] = models[row[place]]
                         rows.append(row)
             if len(rows) >= ROW_GROUP:
                 tally.records += len(rows)
@@ -439,7 +439,7 @@ def find(
     folder: Path,  # of the prediction log
     request_id: str,
 ) -> list[dict[str, Any]]:  # in the order of the segments
-    "The answers with this id. Reads one column of the log, and the rows that it finds."
+    "The answers with this id. Reads all of the log, a batch at a time."
     import pyarrow.compute as pc
 
     found: list[dict[str, Any]] = []

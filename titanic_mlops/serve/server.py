@@ -30,8 +30,9 @@ from typing import Any
 import uvicorn
 
 from ..ground.errors import BundleError, RegistryError, SettingsError, TitanicError
-from .models import Follow, Lead, Models, Say, Watch, admit, open_models, say_nothing
+from .models import Follow, Lead, Models, Say, admit, open_models, say_nothing, watches_of
 from .origins import Offer, Origin
+from .predictions import say_to_stderr
 
 # %% ../../nbs/05_serve/10_server.ipynb #a74d2793
 def bind(
@@ -42,12 +43,13 @@ def bind(
     where = f"{host}:{port}"
     if not 0 <= port < 65536:
         raise SettingsError("no such port", where=where, rule="from 0 to 65535")
+    listener: socket.socket | None = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # the latter: a name with a part that is empty or too long
         raise SettingsError("no such host", where=where, do="--host 127.0.0.1, or 0.0.0.0 for all") from None
     except OSError as error:
         what, do = {
@@ -58,17 +60,16 @@ def bind(
             errno.EACCES: ("this port is not for everybody", "a --port from 1024 on"),
             errno.EADDRNOTAVAIL: ("this machine has no such address", "--host 127.0.0.1, or 0.0.0.0 for all"),
         }.get(error.errno or 0, (f"can't listen here: {error.strerror}", "another --port or --host"))
-        listener.close()
+        if listener is not None:
+            listener.close()
         raise SettingsError(what, where=where, do=do) from None
     return listener
 
 # %% ../../nbs/05_serve/10_server.ipynb #1655f818
 def say(event: str, severity: str = "INFO", **facts: Any) -> None:
-    "Write an event to the standard error."
+    "Write an event to the standard error, with its time and process."
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"severity": severity, "message": event, "time": now, "pid": os.getpid(), **facts}
-    with contextlib.suppress(OSError):  # nobody reads it
-        os.write(2, json.dumps(line, default=str).encode() + b"\n")
+    say_to_stderr(event, severity, **{"time": now, "pid": os.getpid(), **facts})
 
 # %% ../../nbs/05_serve/10_server.ipynb #75cf2c7c
 class Leaving(uvicorn.Server):
@@ -680,11 +681,7 @@ def _together(
 
     parent = Parent(say=say)
     deliver = lambda *facts: parent.deliver(*facts) if parent.members else parent.adopt(*facts)
-    outlives = lambda kind: plan.memory if kind == "champion" else None
-    watches = [
-        Watch(kind, origin, into, deliver, plan.every, say, outlives(kind))
-        for kind, origin in plan.origins.items()
-    ]
+    watches = watches_of(plan.origins, into, deliver, plan.every, say, plan.memory)
     follow = Follow(watches)
     follow.changed = parent.news
     Follow(watches[:1]).first()  # the champion; the others can wait until somebody can load them
