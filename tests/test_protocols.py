@@ -353,3 +353,39 @@ def test_tritons_client(keyed: tuple[Running, str], bundle: Path, passengers: pd
             outputs = [http.InferRequestedOutput("probability", binary_data=binary)]
             found = client.infer("titanic", inputs, outputs=outputs, headers=headers).as_numpy("probability")
             assert np.abs(found - expected).max() < 1e-6
+
+
+# --- the record
+
+
+def test_the_record_holds_them_or_nothing_is_answered(bundle: Path):
+    from fastapi.testclient import TestClient
+
+    from titanic_mlops.serve.app import create_app
+    from titanic_mlops.serve.fastpath import FastModel
+    from titanic_mlops.serve.predict import OneModel
+    from titanic_mlops.serve.predictions import LogFullError
+
+    class Record:
+        def __init__(self) -> None:
+            self.full, self.kept = False, []
+
+        def append(self, *facts) -> None:
+            if self.full:
+                raise LogFullError("answers can't be recorded at the moment")
+            self.kept.append(facts)
+
+        def stats(self) -> dict[str, float]:
+            return {}
+
+    record = Record()
+    client = TestClient(create_app(OneModel(FastModel(Bundle(bundle, []))), log=record))
+    asked = {"/invocations": {"instances": [DEAN]}, "/v2/models/titanic/infer": {"inputs": tensors(DEAN)}}
+    asked |= {"/v1/predict": DEAN}
+    for path, body in asked.items():
+        record.full = False
+        assert client.post(path, json=body, headers={"x-request-key": "k"}).status_code == 200
+        assert record.kept[-1][-3:] == ("champion", "champion", "k"), path
+        record.full = True
+        refused = client.post(path, json=body)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1"), path
