@@ -15,7 +15,7 @@ from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
 from titanic_mlops.data.sources import EMBEDDED, canonical, read
 from titanic_mlops.model.bundle import Bundle, BundleInfo, Lineage, to_onnx, write_bundle
 from titanic_mlops.model.train import Candidate, fit
-from titanic_mlops.serve.protocols import DATATYPES, FORMATS, rows_of_frame
+from titanic_mlops.serve.protocols import DATATYPES, FORMATS, Refused, read_inference, rows_of_frame
 from titanic_mlops.serve.security import KeyFile
 
 SEEN = [c.name for c in columns() if c.role == "feature"]
@@ -353,6 +353,12 @@ def test_tritons_client(keyed: tuple[Running, str], bundle: Path, passengers: pd
             outputs = [http.InferRequestedOutput("probability", binary_data=binary)]
             found = client.infer("titanic", inputs, outputs=outputs, headers=headers).as_numpy("probability")
             assert np.abs(found - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("length", ["0" * 5000, "0" * 12 + "9", "-1", "x", ""])
+def test_a_length_that_is_none(length: str):
+    with pytest.raises(Refused, match="inference-header-content-length"):
+        read_inference(b"{}", length)
 
 
 # --- the record

@@ -621,7 +621,8 @@ def read_inference(
     "Read an inference request. Raises `Refused`."
     size = len(body)
     if json_bytes is not None:
-        if not json_bytes.isascii() or not json_bytes.isdigit() or int(json_bytes[:12]) > size:
+        digits = json_bytes.isascii() and json_bytes.isdigit() and len(json_bytes) <= 12
+        if not digits or int(json_bytes) > size:
             raise Refused(
                 f"inference-header-content-length is {json_bytes[:20]!r}; the body has {size} bytes"
             )
