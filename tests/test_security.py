@@ -206,6 +206,16 @@ def test_a_scope_gives_what_it_says(server: Running, ring: KeyFile, key: str):
     assert server.get("/healthz").status_code == 200
 
 
+def test_an_address_that_is_not_listed_is_closed(server: Running, ring: KeyFile, key: str):
+    _, admin = ring.new("admin", ["admin"])
+    until(200, lambda: server.get("/metrics", admin))
+    for path in ("/nowhere", "/healthzz", "/v1/nowhere", "/v1/predictions"):
+        assert [server.get(path, who).status_code for who in (None, key, admin)] == [401, 403, 404], path
+    for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz", "/ping", "/health", "/version"):
+        assert server.get(path).status_code == 200, path
+    assert server.get("/v2/health/live").status_code == 200
+
+
 def test_rotation_overlaps(server: Running, ring: KeyFile):
     old, old_key = ring.new("rotated", ["predict"], soon(3600))
     new, new_key = ring.rotate(old.id, timedelta(seconds=3))
