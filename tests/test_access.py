@@ -65,6 +65,31 @@ def test_a_pipe_that_nobody_reads(monkeypatch: pytest.MonkeyPatch):
     os.close(writing)
 
 
+class _Met(bytes):
+    "A line during whose measuring something happens, as when the other thread has its turn then."
+
+    happens: list[Any]
+
+    def __len__(self) -> int:
+        if self.happens:
+            self.happens.pop()()
+        return super().__len__()
+
+
+def test_a_line_that_comes_while_others_are_counted_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("titanic_mlops.serve.access.write_lines", lambda *_: None)
+    writer = LineWriter(str(tmp_path / "a.log"), most=1000, every=3600)
+    met, line = _Met(b"x" * 100), b"y" * 100
+    met.happens = []
+    writer.put(met)
+    met.happens.append(lambda: writer.put(line))
+    writer.close()  # writes what there is, the line that comes meanwhile too
+    assert not met.happens and not writer.dropped
+    for _ in range(20):
+        writer.put(line)
+    assert writer.dropped == 9  # nothing waited, eleven filled it
+
+
 def test_a_full_disk(tmp_path: Path):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")

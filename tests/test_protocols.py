@@ -15,7 +15,7 @@ from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
 from titanic_mlops.data.sources import EMBEDDED, canonical, read
 from titanic_mlops.model.bundle import Bundle, BundleInfo, Lineage, to_onnx, write_bundle
 from titanic_mlops.model.train import Candidate, fit
-from titanic_mlops.serve.protocols import DATATYPES, FORMATS, rows_of_frame
+from titanic_mlops.serve.protocols import DATATYPES, FORMATS, Refused, read_inference, rows_of_frame
 from titanic_mlops.serve.security import KeyFile
 
 SEEN = [c.name for c in columns() if c.role == "feature"]
@@ -353,3 +353,45 @@ def test_tritons_client(keyed: tuple[Running, str], bundle: Path, passengers: pd
             outputs = [http.InferRequestedOutput("probability", binary_data=binary)]
             found = client.infer("titanic", inputs, outputs=outputs, headers=headers).as_numpy("probability")
             assert np.abs(found - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("length", ["0" * 5000, "0" * 12 + "9", "-1", "x", ""])
+def test_a_length_that_is_none(length: str):
+    with pytest.raises(Refused, match="inference-header-content-length"):
+        read_inference(b"{}", length)
+
+
+# --- the record
+
+
+def test_the_record_holds_them_or_nothing_is_answered(bundle: Path):
+    from fastapi.testclient import TestClient
+
+    from titanic_mlops.serve.app import create_app
+    from titanic_mlops.serve.fastpath import FastModel
+    from titanic_mlops.serve.predict import OneModel
+    from titanic_mlops.serve.predictions import LogFullError
+
+    class Record:
+        def __init__(self) -> None:
+            self.full, self.kept = False, []
+
+        def append(self, *facts) -> None:
+            if self.full:
+                raise LogFullError("answers can't be recorded at the moment")
+            self.kept.append(facts)
+
+        def stats(self) -> dict[str, float]:
+            return {}
+
+    record = Record()
+    client = TestClient(create_app(OneModel(FastModel(Bundle(bundle, []))), log=record))
+    asked = {"/invocations": {"instances": [DEAN]}, "/v2/models/titanic/infer": {"inputs": tensors(DEAN)}}
+    asked |= {"/v1/predict": DEAN}
+    for path, body in asked.items():
+        record.full = False
+        assert client.post(path, json=body, headers={"x-request-key": "k"}).status_code == 200
+        assert record.kept[-1][-3:] == ("champion", "champion", "k"), path
+        record.full = True
+        refused = client.post(path, json=body)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1"), path

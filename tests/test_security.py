@@ -206,6 +206,16 @@ def test_a_scope_gives_what_it_says(server: Running, ring: KeyFile, key: str):
     assert server.get("/healthz").status_code == 200
 
 
+def test_an_address_that_is_not_listed_is_closed(server: Running, ring: KeyFile, key: str):
+    _, admin = ring.new("admin", ["admin"])
+    until(200, lambda: server.get("/metrics", admin))
+    for path in ("/nowhere", "/healthzz", "/v1/nowhere", "/v1/predictions"):
+        assert [server.get(path, who).status_code for who in (None, key, admin)] == [401, 403, 404], path
+    for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz", "/ping", "/health", "/version"):
+        assert server.get(path).status_code == 200, path
+    assert server.get("/v2/health/live").status_code == 200
+
+
 def test_rotation_overlaps(server: Running, ring: KeyFile):
     old, old_key = ring.new("rotated", ["predict"], soon(3600))
     new, new_key = ring.rotate(old.id, timedelta(seconds=3))
@@ -216,6 +226,13 @@ def test_rotation_overlaps(server: Running, ring: KeyFile):
     assert new.name == old.name and abs((new.expires - old.expires).total_seconds()) < 60
     with pytest.raises(SettingsError, match="expired"):
         ring.rotate(old.id)
+
+
+def test_scopes_that_can_be_read_once(tmp_path: Path):
+    ring = KeyFile(tmp_path / "keys.json")
+    assert ring.new("x", iter(["admin", "predict"]))[0].scopes == ("predict", "admin")
+    with pytest.raises(SettingsError, match="no scope 'predicts'"):
+        ring.new("x", iter(["admin", "predicts"]))
 
 
 def test_many_change_the_keys_at_once(tmp_path: Path):
@@ -455,6 +472,19 @@ def test_the_rate_of_a_principal(tmp_path: Path):
         limits = {name: answer.headers[f"ratelimit-{name}"] for name in ("limit", "remaining")}
         assert limits == {"limit": "3", "remaining": "0"} and int(answer.headers["ratelimit-reset"]) <= 300
         assert running.post(key=two).status_code == 200
+
+
+def test_a_client_has_one_bucket_however_its_address_is_written(tmp_path: Path):
+    guard = Guard(tmp_path / "keys.json", failures=RateLimit(1 / 60, 1))
+
+    def status(client: str) -> int:
+        with pytest.raises(Problem) as refused:
+            guard.check([(b"x-api-key", b"wrong")], "predict", client)
+        return refused.value.status_code
+
+    assert [status("::ffff:192.0.2.1"), status("192.0.2.1"), status("::ffff:192.0.2.1")] == [401, 429, 429]
+    assert status("::ffff:192.0.2.2") == 401  # a neighbour, who did nothing wrong before
+    assert [status("2001:db8::1"), status("2001:db8::2"), status("2001:db8:0:1::1")] == [401, 429, 401]
 
 
 def test_wrong_keys_slow_a_client_down(tmp_path: Path, provider: Provider):

@@ -130,16 +130,17 @@ class LineWriter:
         self.target, self.most, self.every = target, most, every
         self.dropped = 0  # lines, since the start
         self._lines: deque[bytes] = deque()
-        self._waiting, self._descriptor = 0, open_lines(target)
+        self._taken, self._gone = 0, 0  # bytes; one thread counts each, so neither loses a count of the other
+        self._descriptor = open_lines(target)
         self._wake, self._closed = threading.Event(), False
         self._thread: threading.Thread | None = None
 
     def put(self, line: bytes) -> None:
         "Have a line written soon."
-        if self._waiting > self.most:
+        if self._taken - self._gone > self.most:
             self.dropped += 1
             return
-        self._waiting += len(line)
+        self._taken += len(line)
         self._lines.append(line)
         if self._thread is None:  # not before: a server may fork its workers
             self._thread = threading.Thread(target=self._work, name="access-log", daemon=True)
@@ -167,7 +168,7 @@ class LineWriter:
             write_lines(self._descriptor, lines)
         except OSError:  # the disk is full, the pipe is closed: the server goes on
             self.dropped += len(lines)
-        self._waiting -= sum(map(len, lines))
+        self._gone += sum(map(len, lines))
 
 # %% ../../nbs/05_serve/15_access.ipynb #f3cc8bb6
 class _Pieces:

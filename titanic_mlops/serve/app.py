@@ -339,7 +339,11 @@ SCOPES = {
     "/v2": "predict",
     "/v2/health": "",
     "/metrics": "admin",
-}  # beginning of an address -> the permission it needs
+    **dict.fromkeys(
+        ("/", "/docs", "/openapi.json", "/healthz", "/readyz", "/ping", "/health", "/version"), ""
+    ),
+    "": "admin",  # whatever is not listed
+}  # beginning of an address, up to a slash -> the permission it needs
 ABOUT = "The probability that a passenger of the Titanic survives, from a model that says which one it is."
 
 

@@ -580,7 +580,8 @@ class Front:
 
     def permission(self, path: str) -> str:
         "Which permission an address needs; empty: none."
-        return next((needed for beginning, needed in self.scopes if path.startswith(beginning)), "")
+        fits = lambda beginning: path == beginning or path.startswith(f"{beginning}/")
+        return next((needed for beginning, needed in self.scopes if fits(beginning)), "")
 
     def done(self, request: Request, route: str, status: int, size: int) -> None:
         "Count the answer, and write it down."

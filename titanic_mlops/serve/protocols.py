@@ -26,7 +26,8 @@ from starlette.responses import Response
 from ..data.contract import Column, Passenger, columns
 from ..data.targets import REQUEST_ROLES, json_schema, problems, request_model
 from ..ground.errors import nearest
-from .http import Problem, Request, State, field_error
+from .http import Request, State, field_error
+from .predict import chosen, keep
 
 # %% ../../nbs/05_serve/07_protocols.ipynb #651fb580
 class Refused(Exception):
@@ -111,13 +112,11 @@ async def answer(
     rows: Sequence[Mapping[str, Any]],
     served: Any = None,  # the model that shall answer; None: the one that the request's key picks
 ) -> tuple[Any, np.ndarray]:  # the model that answered, probabilities
-    "Check, predict and record rows. Raises `Refused`, or `Problem` if there is no model."
+    "Check, predict and record rows. Raises `Refused`, or `Problem` if there is no model, or no room in the record."
     if len(rows) > state.limits.batch_rows:
         raise Refused(f"{len(rows)} rows; a request has at most {state.limits.batch_rows}", 413)
-    key = request.headers.get(b"x-request-key") or request.id.encode()
-    served = served or state.models.pick(key)
-    if served is None:
-        raise Problem("not-ready", "there is no model yet", headers={"Retry-After": "1"})
+    key = request.headers.get(b"x-request-key")
+    served = served or chosen(state.models, key or request.id.encode())
     good: list[dict[str, Any]] = []
     for start in range(0, len(rows), LOT):
         good += checked(rows[start : start + LOT], start)
@@ -127,7 +126,7 @@ async def answer(
         parts.append(served.model.many(good[start : start + LOT]))
         await asyncio.sleep(0)
     found = np.concatenate(parts)
-    _record(state, request, served, good, found, key.decode("latin-1"))
+    _record(state, request, served, good, found, key.decode("latin-1") if key else "")
     return served, found
 
 
@@ -140,7 +139,7 @@ def _record(
     for number, (row, probability) in enumerate(zip(rows, found.tolist(), strict=True)):
         id = f"{request.id}.{number}" if several else request.id
         if state.log is not None:
-            state.log.append(id, now, served, row, probability, kind)
+            keep(state.log, id, now, served, row, probability, kind, kind, key)
         if after is not None:
             after(served, row, probability, id, key)
     if state.metrics is not None:
@@ -622,7 +621,8 @@ def read_inference(
     "Read an inference request. Raises `Refused`."
     size = len(body)
     if json_bytes is not None:
-        if not json_bytes.isascii() or not json_bytes.isdigit() or int(json_bytes[:12]) > size:
+        digits = json_bytes.isascii() and json_bytes.isdigit() and len(json_bytes) <= 12
+        if not digits or int(json_bytes) > size:
             raise Refused(
                 f"inference-header-content-length is {json_bytes[:20]!r}; the body has {size} bytes"
             )

@@ -92,7 +92,8 @@ def read_keys(
 
 # %% ../../nbs/05_serve/03_security.ipynb #ef3519b0
 def _make(name: str, scopes: Iterable[str], expires: datetime | None) -> tuple[ApiKey, str]:
-    wanted = tuple(scope for scope in SCOPES if scope in (given := list(scopes)))
+    given = list(scopes)
+    wanted = tuple(scope for scope in SCOPES if scope in given)
     for scope in given:
         if scope not in SCOPES:
             raise SettingsError(f"no scope {scope!r}", rule=", ".join(SCOPES), do=nearest(scope, SCOPES))
@@ -479,7 +480,8 @@ def _client_bucket(client: str) -> str:
         address = ipaddress.ip_address(client)
     except ValueError:
         return client
-    return client if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
+    address = getattr(address, "ipv4_mapped", None) or address  # as a socket for both versions has it
+    return str(address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False))
 
 # %% ../../nbs/05_serve/03_security.ipynb #11162bac
 class _ValidKeys:
