@@ -21,8 +21,8 @@ from titanic_mlops.data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_
 from titanic_mlops.data.rowcheck import check_records, to_table
 from titanic_mlops.data.sources import EMBEDDED, canonical, read
 from titanic_mlops.data.strategies import anybody, passengers
-from titanic_mlops.model.bundle import BundleInfo, Lineage, to_onnx, write_bundle
-from titanic_mlops.model.train import Candidate, fit
+from titanic_mlops.model.bundle import BundleInfo, Lineage, open_graph, require_parity, to_onnx, write_bundle
+from titanic_mlops.model.train import KINDS, Candidate, fit
 from titanic_mlops.serve import batch as scoring
 from titanic_mlops.serve.columns import TOLERANCE, Encoder, _Titles, open_model
 
@@ -127,6 +127,21 @@ def test_rows_are_rejected_for_what_the_contract_says(bundle: Path, data: st.Dat
     }  # of a rule that only warns, but no text at all
     assert {one.row for one in rejected} | unknown == wanted | unknown
     assert set(np.flatnonzero(np.isnan(probabilities)) + 1) == {one.row for one in rejected}
+
+
+# --- categories that training did not see
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_category_that_training_lacks_is_answered_as_the_twin_does(kind: str):
+    training = LISTED[LISTED.embarked.notna() & (LISTED.cabin.str[:1] != "T").fillna(True)]
+    outcome, ticket = training.survived.to_numpy(int), training.ticket.to_numpy(str)
+    model = fit(Candidate(kind, with_deck=True), feature_frame(training), outcome, ticket)
+    session = open_graph(to_onnx(model, with_deck=True))
+    somebody = LISTED.head(5).assign(
+        cabin=["T", "H7", "é", "c22", None], embarked=[None, None, "S", "C", None]
+    )
+    assert require_parity(session, model, feature_frame(somebody)) < 1e-6
 
 
 # --- killed, and taken up again
