@@ -129,6 +129,13 @@ def test_rows_are_rejected_for_what_the_contract_says(bundle: Path, data: st.Dat
     assert set(np.flatnonzero(np.isnan(probabilities)) + 1) == {one.row for one in rejected}
 
 
+def test_a_rejected_number_reads_as_the_file_has_it(tmp_path: Path, bundle: Path):
+    KNOWN_BEFORE.head(3).assign(age=["541", "22", "-0.5"]).to_csv(tmp_path / "list.csv", index=False)
+    [rows] = scoring.open_rows(scoring.find_files(str(tmp_path / "list.csv"))[0][0])()
+    rejected = scoring.score_batch(_opened(bundle), rows.batch)[1]
+    assert [(one.row, one.field, one.value) for one in rejected] == [(1, "age", "541"), (3, "age", "-0.5")]
+
+
 # --- categories that training did not see
 
 

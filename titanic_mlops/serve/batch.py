@@ -414,7 +414,8 @@ def _as_text(value: Any) -> str | None:
     "A value in a list of rejections."
     if value is None or isinstance(value, str):
         return value if value is None else value.encode("utf-8", "backslashreplace").decode()[:200]
-    return repr(value)[:200]
+    said = repr(value)[:200]
+    return said.removesuffix(".0") if isinstance(value, float) else said  # a CSV's 541 is a float here
 
 # %% ../../nbs/05_serve/12_batch.ipynb #becf2b53
 def open_rows(
