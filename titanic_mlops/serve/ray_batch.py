@@ -42,7 +42,8 @@ class Worker:
         bundle: dict[str, bytes],  # file name -> content
         source: File,
     ):
-        folder = Path(tempfile.mkdtemp(prefix="titanic-bundle-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="titanic-bundle-")  # goes with the worker
+        folder = Path(self._folder.name)
         for name, content in bundle.items():
             (folder / name).write_bytes(content)
         self.model, self.rows = open_model(folder), open_rows(source)
