@@ -21,8 +21,8 @@ from titanic_mlops.data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_
 from titanic_mlops.data.rowcheck import check_records, to_table
 from titanic_mlops.data.sources import EMBEDDED, canonical, read
 from titanic_mlops.data.strategies import anybody, passengers
-from titanic_mlops.model.bundle import BundleInfo, Lineage, to_onnx, write_bundle
-from titanic_mlops.model.train import Candidate, fit
+from titanic_mlops.model.bundle import BundleInfo, Lineage, open_graph, require_parity, to_onnx, write_bundle
+from titanic_mlops.model.train import KINDS, Candidate, fit
 from titanic_mlops.serve import batch as scoring
 from titanic_mlops.serve.columns import TOLERANCE, Encoder, _Titles, open_model
 
@@ -127,6 +127,28 @@ def test_rows_are_rejected_for_what_the_contract_says(bundle: Path, data: st.Dat
     }  # of a rule that only warns, but no text at all
     assert {one.row for one in rejected} | unknown == wanted | unknown
     assert set(np.flatnonzero(np.isnan(probabilities)) + 1) == {one.row for one in rejected}
+
+
+def test_a_rejected_number_reads_as_the_file_has_it(tmp_path: Path, bundle: Path):
+    KNOWN_BEFORE.head(3).assign(age=["541", "22", "-0.5"]).to_csv(tmp_path / "list.csv", index=False)
+    [rows] = scoring.open_rows(scoring.find_files(str(tmp_path / "list.csv"))[0][0])()
+    rejected = scoring.score_batch(_opened(bundle), rows.batch)[1]
+    assert [(one.row, one.field, one.value) for one in rejected] == [(1, "age", "541"), (3, "age", "-0.5")]
+
+
+# --- categories that training did not see
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_category_that_training_lacks_is_answered_as_the_twin_does(kind: str):
+    training = LISTED[LISTED.embarked.notna() & (LISTED.cabin.str[:1] != "T").fillna(True)]
+    outcome, ticket = training.survived.to_numpy(int), training.ticket.to_numpy(str)
+    model = fit(Candidate(kind, with_deck=True), feature_frame(training), outcome, ticket)
+    session = open_graph(to_onnx(model, with_deck=True))
+    somebody = LISTED.head(5).assign(
+        cabin=["T", "H7", "é", "c22", None], embarked=[None, None, "S", "C", None]
+    )
+    assert require_parity(session, model, feature_frame(somebody)) < 1e-6
 
 
 # --- killed, and taken up again

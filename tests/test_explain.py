@@ -33,11 +33,11 @@ def explainers(bundles: dict) -> dict:
 
 
 def passengers() -> st.SearchStrategy[dict]:
-    "Any passenger that the contract takes, on a deck that there is: the graph of a model with decks knows no others."
+    "Any passenger that the contract takes, mostly on a deck that there is."
     from titanic_mlops.data.strategies import passengers as any_passengers
     from titanic_mlops.data.targets import REQUEST_ROLES
 
-    cabins = st.sampled_from((None, "C85", "B5", "D", "F G73"))
+    cabins = st.sampled_from((None, "C85", "B5", "D", "F G73", "T", "Z9", "é"))
     return st.builds(lambda one, cabin: one | {"cabin": cabin}, any_passengers(REQUEST_ROLES), cabins)
 
 

@@ -47,9 +47,7 @@ NEEDS = pytest.mark.skipif(
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    not shutil.which("unshare") or not shutil.which("ip"), reason="needs unshare and ip (Linux)"
-)
+@NEEDS
 def test_a_node_dies_under_load(finished: tuple[Checkout, object], tmp_path: Path):
     own, _ = finished
     bundle = own.first["promote"] / "champion"

@@ -17,7 +17,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 from zipfile import ZipFile, ZipInfo
 
-from ..data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame
+from ..data.features import CATEGORICAL, CATEGORIES, DOUBTFUL, NUMERIC, feature_frame
 from ..ground.errors import BundleError, ContractError, ParameterError, nearest
 
 if TYPE_CHECKING:
@@ -98,8 +98,12 @@ def build(
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
     own = dict(candidate.settings)
+    categories = [*CATEGORICAL, *(DOUBTFUL if candidate.with_deck else ())]
     encoder = OneHotEncoder(
-        min_frequency=int(own.pop("min_frequency")), handle_unknown="infrequent_if_exist", sparse_output=False
+        categories=[CATEGORIES[name] for name in categories],
+        min_frequency=int(own.pop("min_frequency")),
+        handle_unknown="infrequent_if_exist",
+        sparse_output=False,
     )
     if candidate.kind == "logistic":
         model = LogisticRegression(max_iter=2000, **own)
@@ -108,7 +112,6 @@ def build(
         model = HistGradientBoostingClassifier(early_stopping=False, random_state=seed, **(own | whole))
     if candidate.calibration == "sigmoid":
         model = CalibratedClassifierCV(model, method="sigmoid", cv=calibration_folds, ensemble=False)
-    categories = [*CATEGORICAL, *(DOUBTFUL if candidate.with_deck else ())]
     numbers = Pipeline([("impute", SimpleImputer(strategy="median")), ("scale", StandardScaler())])
     prepare = ColumnTransformer([("numbers", numbers, list(NUMERIC)), ("categories", encoder, categories)])
     return Pipeline([("prepare", prepare), ("model", model)])

@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'BATCH_ROWS', 'PART_ROWS', 'OUTPUTS', 'Listener', 'Scores', 'Elsewhere', 'kind_of', 'File', 'file_system',
            'find_files', 'Rejected', 'Rows', 'ParquetRows', 'TextRows', 'CsvRows', 'JsonRows', 'open_rows',
            'score_batch', 'pa_mask', 'Journal', 'Task', 'ParquetOutput', 'CsvOutput', 'RejectedOutput', 'Scored',
-           'Places', 'places_of', 'score_file', 'outputs_of', 'score', 'open_champion']
+           'Places', 'places_of', 'parts_of', 'score_file', 'outputs_of', 'score', 'open_champion']
 
 # %% ../../nbs/05_serve/12_batch.ipynb #0aac9d07
 import csv
@@ -21,6 +21,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.contract import CONTRACT_VERSION, ROW_RULES, Column, columns, rule_text
-from ..data.rowcheck import _compile, _repeating, require_columns, rule_texts, to_table
+from ..data.rowcheck import looks_of, repeating_columns, require_columns, rule_texts, to_table
 from ..data.sources import MISSING_MARKERS, match_layout
 from ..ground.errors import ParameterError, SourceError, StoreError, TitanicError
 from ..ground.settings import Settings
@@ -170,7 +171,7 @@ class ParquetRows:
         self._file, self._handle = file, file.path if file.is_local else file.open()
         with self._readable():
             with pq.ParquetFile(self._handle) as parquet:
-                repeating = _repeating(parquet.metadata)
+                repeating = repeating_columns(parquet.metadata)
             self._handle = file.path if file.is_local else file.open()
             self._parquet = pq.ParquetFile(
                 self._handle, read_dictionary=repeating, buffer_size=1 << 20
@@ -212,9 +213,6 @@ class ParquetRows:
                     yield Rows(first - len(named), named, (), first / self.rows)
 
 # %% ../../nbs/05_serve/12_batch.ipynb #ae330bd5
-from contextlib import contextmanager
-
-
 @contextmanager
 def _told_as(where: str, what: str, rule: str = "", do: str = "") -> Iterator[None]:
     "Errors of Arrow and of file systems as `SourceError`; those of the disk stay what they are."
@@ -416,7 +414,8 @@ def _as_text(value: Any) -> str | None:
     "A value in a list of rejections."
     if value is None or isinstance(value, str):
         return value if value is None else value.encode("utf-8", "backslashreplace").decode()[:200]
-    return repr(value)[:200]
+    said = repr(value)[:200]
+    return said.removesuffix(".0") if isinstance(value, float) else said  # a CSV's 541 is a float here
 
 # %% ../../nbs/05_serve/12_batch.ipynb #becf2b53
 def open_rows(
@@ -437,7 +436,7 @@ _TEXTS = rule_texts()
 @lru_cache(16)
 def _looks(schema: "pa.Schema") -> dict[str, Callable[["pa.RecordBatch"], np.ndarray]]:
     "What to look at in a batch; rules over several rows are none of it."
-    return {name: look for name, look in _compile(require_columns(schema))[0].items() if name not in _WARNS}
+    return {name: look for name, look in looks_of(require_columns(schema))[0].items() if name not in _WARNS}
 
 
 def _cell(batch: "pa.RecordBatch", name: str, row: int) -> str | None:
@@ -769,7 +768,7 @@ Scores = Iterator[tuple[np.ndarray, list[Rejected]]]  # of parts, in their order
 Elsewhere = Callable[[ColumnModel, File, Any, int], Scores]  # model, file, its rows, the row to go on behind
 
 
-def _parts(rows: Iterator[Rows], size: int) -> Iterator[list[Rows]]:
+def parts_of(rows: Iterator[Rows], size: int) -> Iterator[list[Rows]]:
     "Rows in parts of exactly `size`; the last one has the rest."
     part, missing = [], size
     for one in rows:
@@ -851,7 +850,7 @@ def _score_rows(
     cast = lambda one: Rows(one.first, _with_types(one.batch, kinds), one.rejected, one.share)
     done = 0
     known = journal.parts()
-    replayed = _parts(rows(only=kinds.names or rows.columns[:1]), PART_ROWS)
+    replayed = parts_of(rows(only=kinds.names or rows.columns[:1]), PART_ROWS)
     for probabilities, rejected in known:
         part = next(replayed)
         desk.put([cast(one) for one in part], probabilities, rejected)
@@ -865,7 +864,7 @@ def _score_rows(
         done += len(probabilities)
         listener(done, part[-1].share)
     replayed.close()
-    for part in _parts(rows(start=done), PART_ROWS) if not elsewhere else ():
+    for part in parts_of(rows(start=done), PART_ROWS) if not elsewhere else ():
         found, rejected, slim = [], [], []
         for one in part:
             p, why = score_batch(model, one.batch, one.first, one.rejected)

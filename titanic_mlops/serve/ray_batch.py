@@ -23,8 +23,8 @@ from titanic_mlops.serve.batch import (
     Rejected,
     Scored,
     Scores,
-    _parts,
     open_rows,
+    parts_of,
     score_batch,
 )
 from .batch import score as score_here
@@ -42,7 +42,8 @@ class Worker:
         bundle: dict[str, bytes],  # file name -> content
         source: File,
     ):
-        folder = Path(tempfile.mkdtemp(prefix="titanic-bundle-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="titanic-bundle-")  # goes with the worker
+        folder = Path(self._folder.name)
         for name, content in bundle.items():
             (folder / name).write_bytes(content)
         self.model, self.rows = open_model(folder), open_rows(source)
@@ -52,7 +53,7 @@ class Worker:
         import pyarrow as pa
 
         for start, stop in zip(asked["start"].to_pylist(), asked["stop"].to_pylist(), strict=True):
-            for part in _parts(self.rows(start=start), PART_ROWS):
+            for part in parts_of(self.rows(start=start), PART_ROWS):
                 probabilities, rejected = self._score(part)
                 said = json.dumps([[one.row, one.field, one.rule, one.value] for one in rejected])
                 yield pa.table({"probabilities": [probabilities.tobytes()], "rejected": [said]})
