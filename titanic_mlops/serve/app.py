@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CARD', 'SCOPES', 'ABOUT', 'health_router', 'predict_router', 'model_info_router', 'openapi_of', 'documentation_page',
-           'documentation_router', 'request_problem', 'answer_errors', 'routers', 'watch', 'create_app', 'open_app']
+           'documentation_router', 'request_problem', 'answer_errors', 'routers', 'watch', 'require_permissions',
+           'create_app', 'open_app']
 
 # %% ../../nbs/05_serve/08_app.ipynb #56cacd0a
 import html
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -342,7 +343,6 @@ SCOPES = {
     **dict.fromkeys(
         ("/", "/docs", "/openapi.json", "/healthz", "/readyz", "/ping", "/health", "/version"), ""
     ),
-    "": "admin",  # whatever is not listed
 }  # beginning of an address, up to a slash -> the permission it needs
 ABOUT = "The probability that a passenger of the Titanic survives, from a model that says which one it is."
 
@@ -374,6 +374,15 @@ def watch(state: State) -> None:
         metrics.watch("titanic_access_log_dropped", "Lines of the access log that were not written", dropped)
 
 # %% ../../nbs/05_serve/08_app.ipynb #ef46fa12
+def require_permissions(front: Front, mounted: Iterable[fastapi.APIRouter]) -> None:
+    "Raise `LookupError` if the table of permissions forgets an address."
+    addresses = {route.path for router in mounted for route in router.routes}  # type: ignore[attr-defined]
+    if forgotten := sorted(path for path in addresses if front.listed(path) is None):
+        raise LookupError(
+            f"SCOPES does not say which permission these addresses need: {', '.join(forgotten)}"
+        )
+
+
 def create_app(
     models: Any,  # which model answers: `champion`, `pick(key)`, `state()`
     guard: Any = None,  # who may ask; None: everybody
@@ -397,12 +406,14 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.state, predict = state, Predict(state)
-    for router in [*routers(state, predict), documentation_router(app)]:
+    mounted = [*routers(state, predict), documentation_router(app)]
+    for router in mounted:
         app.include_router(router)
     answer_errors(app)
     large = dict.fromkeys(("/invocations", "/v2/models/", "/v1/outcomes"), ARRAY_BYTES)
     large["/v1/predict/batch"] = state.limits.batch_body
     front = Front(app, state, {"/v1/predict": predict}, SCOPES, large)
+    require_permissions(front, mounted)
     app.openapi = partial(openapi_of, app, front.permission, guard)  # type: ignore[method-assign]
     origins = [one.strip() for one in settings.serve_cors.split(",") if one.strip()]
     if not origins:

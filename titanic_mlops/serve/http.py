@@ -580,8 +580,12 @@ class Front:
 
     def permission(self, path: str) -> str:
         "Which permission an address needs; empty: none."
+        return self.listed(path) or ""
+
+    def listed(self, path: str) -> str | None:
+        "What the table says of an address; None: nothing."
         fits = lambda beginning: path == beginning or path.startswith(f"{beginning}/")
-        return next((needed for beginning, needed in self.scopes if fits(beginning)), "")
+        return next((needed for beginning, needed in self.scopes if fits(beginning)), None)
 
     def done(self, request: Request, route: str, status: int, size: int) -> None:
         "Count the answer, and write it down."
