@@ -36,6 +36,7 @@ from titanic_mlops.serve.http import (
     State,
     as_problem,
     field_error,
+    listed,
 )
 from .models import Models, measure, model_router, say_nothing
 from .page import page_router
@@ -377,7 +378,7 @@ def watch(state: State) -> None:
 def require_permissions(front: Front, mounted: Iterable[fastapi.APIRouter]) -> None:
     "Raise `LookupError` if the table of permissions forgets an address."
     addresses = {route.path for router in mounted for route in router.routes}  # type: ignore[attr-defined]
-    if forgotten := sorted(path for path in addresses if front.listed(path) is None):
+    if forgotten := sorted(path for path in addresses if listed(front.scopes, path) is None):
         raise LookupError(
             f"SCOPES does not say which permission these addresses need: {', '.join(forgotten)}"
         )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'PROBLEM_TYPE', 'SLOWEST', 'Receive', 'BUCKETS', 'SECURITY_HEADERS', 'Headers', 'Lean', 'Problem', 'shown',
            'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'metrics_page',
-           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem', 'Front',
+           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem', 'listed', 'Front',
            'pass_through']
 
 # %% ../../nbs/05_serve/02_http.ipynb #ca8a70c3
@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -529,6 +529,15 @@ class _Answer:
             self.size += len(message.get("body", b""))
         await self._send(message)
 
+# %% ../../nbs/05_serve/02_http.ipynb #5c0be502
+def listed(
+    scopes: Iterable[tuple[str, str]],  # beginning of an address, permission; the longest first
+    path: str,
+) -> str | None:  # None: nothing fits
+    "The permission that a table gives to an address."
+    fits = lambda beginning: path == beginning or path.startswith(f"{beginning}/")
+    return next((needed for beginning, needed in scopes if fits(beginning)), None)
+
 # %% ../../nbs/05_serve/02_http.ipynb #59a7697e
 class Front:
     "The outermost ASGI layer: everything that all requests have in common."
@@ -580,12 +589,7 @@ class Front:
 
     def permission(self, path: str) -> str:
         "Which permission an address needs; empty: none."
-        return self.listed(path) or ""
-
-    def listed(self, path: str) -> str | None:
-        "What the table says of an address; None: nothing."
-        fits = lambda beginning: path == beginning or path.startswith(f"{beginning}/")
-        return next((needed for beginning, needed in self.scopes if fits(beginning)), None)
+        return listed(self.scopes, path) or ""
 
     def done(self, request: Request, route: str, status: int, size: int) -> None:
         "Count the answer, and write it down."
