@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from ..data.contract import CONTRACT_VERSION
+from ..data.contract import CONTRACT_VERSION, feature_columns
 from ..data.contract_versions import compatible
 from ..data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame
 from ..data.leaks import AUC_LIMIT, refuse_revealing, refuse_shared
@@ -285,7 +285,7 @@ def leak_conditions(
     passengers: "pd.DataFrame",  # accepted rows with the outcome
     held_out: "np.ndarray",  # bool, shape (n,)
 ) -> list[Condition]:
-    "The canary: no feature knows too much, nobody stands on both sides."
+    "The canary: no column or feature knows too much, nobody stands on both sides."
     import numpy as np
 
     y, ticket = passengers["survived"].to_numpy(int), passengers["ticket"].to_numpy(str)
@@ -293,6 +293,8 @@ def leak_conditions(
     def features_alone() -> str:
         if len(set(y)) < 2:
             return "one outcome: nothing to rank"
+        # What a feature throws away (a boat's number is no deck) a later feature may keep.
+        refuse_revealing(passengers[[c for c in feature_columns() if c in passengers]], y, ticket)
         first, *_ = refuse_revealing(
             feature_frame(passengers)[[*NUMERIC, *CATEGORICAL, *DOUBTFUL]], y, ticket, single=False
         )

@@ -513,7 +513,7 @@ MODEL_CASES = (
     Case("worse by 0.05 nats", Attempt(model=worsened(0.05)), by="comparison"),
     Case("regularised a bit too much", Attempt(candidate=Candidate("logistic", {"C": 0.015})), "worse", "comparison"),
     Case("regularised too much", Attempt(candidate=Candidate("logistic", {"C": 0.005})), by="comparison"),
-    Case("trained on few tickets, lacks titles", Attempt(fitted_on=some_tickets(0.04)), by="finite"),
+    Case("trained on few tickets", Attempt(fitted_on=some_tickets(0.04)), by="ranks"),
     Case("threshold moved to 0.97", Attempt(info={"threshold": 0.97}), by="steady"),
 )  # fmt: skip
 
