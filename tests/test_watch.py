@@ -1,5 +1,6 @@
 """The watcher against a real prediction log: killed at random, two at once, ids twice, models that are not here."""
 
+import json
 import os
 import random
 import signal
@@ -71,6 +72,24 @@ def test_every_answer_counts_once(tmp_path: Path):
     assert told == {"counted": 300, "repeated": 5, "unknown_model": 20, "not_champion": 10}
     again = look(log, memory, references, MODEL.digest, now=START + 600)
     assert again.drift == seen.drift and again.rows["counted"] == 0
+
+
+def test_nobody_but_a_shadow_has_answered(tmp_path: Path):
+    references, memory = known(), Memory(tmp_path / "watch")
+    write(tmp_path / "predictions", passengers(20), name="shadow", kind="shadow")
+    seen = look(tmp_path / "predictions", memory, references, MODEL.digest, now=START + 600)
+    assert (seen.rows["not_champion"], seen.rows["counted"], seen.drift.rows) == (20, 0, 0)
+
+
+def test_programs_read_flags_and_numbers_not_words(tmp_path: Path):
+    pence = [row | {"fare": row["fare"] * 240} for row in passengers(300, 5)]
+    write(tmp_path / "predictions", pence)
+    memory = Memory(tmp_path / "watch")
+    seen = look(tmp_path / "predictions", memory, known(), MODEL.digest, now=START + 600)
+    read = json.loads(json.dumps(seen.facts))
+    kinds = {(type(f["moved"]), type(f["large"]), type(f["size"]), type(f["p"])) for f in read["findings"]}
+    assert kinds == {(bool, bool, float, float)}
+    assert "fare" in {f["column"] for f in read["findings"] if f["moved"]}
 
 
 def test_a_small_window_and_a_clock_that_is_ahead(tmp_path: Path):

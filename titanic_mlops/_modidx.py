@@ -3632,6 +3632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor.Look._repr_markdown_': ( '06_watch/monitor.html#look._repr_markdown_',
                                                                                                    'titanic_mlops/watch/monitor.py'),
+                                             'titanic_mlops.watch.monitor.Look.facts': ( '06_watch/monitor.html#look.facts',
+                                                                                         'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor.Look.since': ( '06_watch/monitor.html#look.since',
                                                                                          'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor.Look.told': ( '06_watch/monitor.html#look.told',

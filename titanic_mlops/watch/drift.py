@@ -450,7 +450,7 @@ def analyse(
     tests = list(_raw_tests(reference, window, rules))
     adjusted = holm([p for _, _, p, *_ in tests])
     findings = [
-        Finding(column, test, p, low, size, large, low <= rules.error_rate, said)
+        Finding(column, test, float(p), low, float(size), bool(large), low <= rules.error_rate, said)
         for (column, test, p, size, large, said), low in zip(tests, adjusted, strict=True)
     ]
     return Drift(

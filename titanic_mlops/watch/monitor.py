@@ -225,6 +225,8 @@ class _Ids:
 
     def first_time(self, ids: "pa.Array") -> np.ndarray:  # bool, shape (n,)
         "Which of these come for the first time."
+        if not len(ids):
+            return np.zeros(0, bool)
         prints = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
         own, first = np.unique(prints, return_index=True)
         flags = np.zeros(len(prints), bool)
@@ -280,6 +282,19 @@ class Look:
     def since(self) -> str:
         "The start of the window."
         return datetime.fromtimestamp(self.moment - self.hours * 3600, UTC).isoformat(timespec="seconds")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        "All of it in JSON's own types."
+        findings = [vars(found) | {"moved": found.moved} for found in self.drift.findings]
+        return {
+            "since": self.since,
+            "bundle": self.bundle,
+            "hours": self.hours,
+            "rows": self.drift.rows,
+            "read": self.rows,
+            "findings": findings,
+        }
 
     def _repr_markdown_(self) -> str:
         bundle = self.bundle[:12] or "none"
@@ -391,16 +406,7 @@ def watch_once(
     references = References(own.store / "bundles")
     seen = look(prediction_folder(own), Memory(folder), references, _champion(own), hours)
     report = write_atomic(folder / "latest.md", f"# Drift\n\n{seen._repr_markdown_()}\n")
-    findings = [vars(finding) | {"moved": finding.moved} for finding in seen.drift.findings]
-    facts = {
-        "since": seen.since,
-        "bundle": seen.bundle,
-        "hours": hours,
-        "rows": seen.drift.rows,
-        "read": seen.rows,
-    }
-    said = json.dumps(facts | {"findings": findings}, indent=1, default=str)
-    write_atomic(folder / "latest.json", said + "\n")
+    write_atomic(folder / "latest.json", json.dumps(seen.facts, indent=1) + "\n")
     desk, alerts = open_desk(own), alerts_of(seen, str(report))
     if seen.drift.enough:
         desk.note(alerts, LOOKED_FOR)
