@@ -425,8 +425,7 @@ def test_keys_of_the_issuer_are_looked_for_once_a_minute(provider: Provider):
 
         provider.keys = provider.keys[:-1]  # withdrawn
         issuer.key_set._looked -= KeySet.STALE
-        with pytest.raises(Problem):
-            ask(provider.token("unknown"))
+        assert ask(token).id == "token:molly"  # who is known makes us look, too
         issuer.key_set._thread.join(20)
         with pytest.raises(Problem):
             ask(token)
@@ -450,6 +449,29 @@ def test_an_issuer_that_is_away(tmp_path: Path, provider: Provider):
         with pytest.raises(Problem) as later:
             guard.check([(b"authorization", b"Bearer " + provider.token().encode())], "predict", "")
         assert later.value.status_code == 503 and guard.trouble, away
+
+
+def test_keys_of_an_issuer_that_goes_away_are_good_for_a_day(tmp_path: Path, provider: Provider):
+    file = tmp_path / "jwks.json"
+    file.write_text(json.dumps({"keys": provider.keys}))
+    issuer = Issuer(provider.issuer, "titanic", str(file))
+    guard, keys = Guard(tmp_path / "keys.json", issuer), issuer.key_set
+    token = provider.token().encode()
+    ask = lambda: guard.check([(b"authorization", b"Bearer " + token)], "predict", "192.0.2.1").id
+    assert ask() == "token:molly"
+    file.unlink()
+    keys._looked -= KeySet.STALE
+    assert ask() == "token:molly" and "can't be had" in guard.trouble
+
+    keys._had -= KeySet.KEPT
+    keys._looked -= KeySet.AGAIN  # after trouble the next look is a minute later, not ten
+    with pytest.raises(Problem) as later:
+        ask()
+    assert later.value.status_code == 503 and not keys.keys
+
+    file.write_text(json.dumps({"keys": provider.keys}))
+    keys._looked -= KeySet.AGAIN
+    assert ask() == "token:molly" and not guard.trouble
 
 
 def test_keys_that_may_not_sign(provider: Provider):

@@ -308,6 +308,7 @@ class KeySet:
 
     AGAIN = 60.0  # seconds between two looks for a key that is not there
     STALE = 600.0  # seconds after which the keys are fetched anew: a withdrawn one ends
+    KEPT = 86_400.0  # seconds for which keys are trusted that can't be fetched anew
 
     def __init__(
         self,
@@ -317,11 +318,11 @@ class KeySet:
         self.issuer, self.jwks = issuer, jwks
         self.keys: dict[str, tuple[str, Any]] = {}  # kid -> algorithm and key; replaced, never changed
         self.trouble = ""  # why the last look failed
-        self._looked, self._thread = float("-inf"), None
+        self._looked, self._had, self._thread = float("-inf"), float("-inf"), None
         self.look(time.monotonic(), 0)
 
     def fetch(self) -> None:
-        "Get the keys; the old ones stay if that fails."
+        "Get the keys; if that fails the old ones stay, for a day."
         try:
             where = self.jwks
             if not where:
@@ -334,8 +335,10 @@ class KeySet:
                 raise ValueError(f"{where} holds no key that is accepted here")
         except Exception as error:  # whatever another machine says must not end this one
             self.trouble = f"the issuer's keys can't be had: {error}"
+            if time.monotonic() - self._had > self.KEPT:  # nobody knows any more which were withdrawn
+                self.keys = {}
         else:
-            self.keys, self.trouble = keys, ""
+            self.keys, self.trouble, self._had = keys, "", time.monotonic()
 
     def look(
         self,
@@ -345,7 +348,7 @@ class KeySet:
         "Fetch the keys, unless that was done a moment ago: a file at once, an address in a thread."
         if self._thread is not None and self._thread.is_alive():
             return True
-        if now - self._looked < after:
+        if now - self._looked < (min(after, self.AGAIN) if self.trouble else after):
             return False
         self._looked = now
         if self.jwks and "://" not in self.jwks:
@@ -373,8 +376,13 @@ class Issuer:
         self._seen: dict[bytes, Principal] = {}  # digest of a verified token -> whom it speaks for
         self._seen_with = self.key_set.keys
 
-    def known(self, digest: bytes) -> Principal | None:
-        "Whom a token speaks for that was verified already."
+    def known(
+        self,
+        digest: bytes,
+        now: float,  # monotonic seconds
+    ) -> Principal | None:
+        "Whom a token speaks for that was verified already, by a key that was not withdrawn since."
+        self.key_set.look(now, KeySet.STALE)  # those who come every second must not keep old keys alive
         if self._seen_with is not self.key_set.keys:
             self._seen, self._seen_with = {}, self.key_set.keys
         found = self._seen.get(digest)
@@ -387,7 +395,6 @@ class Issuer:
         now: float,  # monotonic seconds
     ) -> Principal:
         "Whom a token speaks for. Raises whatever is wrong with it, or `_Later`."
-        self.key_set.look(now, KeySet.STALE)
         seen, found = self._seen, self._verified(token, now)
         if len(seen) >= self.REMEMBERED:
             seen.pop(next(iter(seen)))
@@ -577,7 +584,7 @@ class Guard:
     def _other(self, shown: bytes, hashed: bytes, client: str, now: float) -> Principal:
         "The principal of a token; else the refusal."
         issuer = self.issuer if shown.count(b".") == 2 and len(shown) <= _LONGEST else None
-        if issuer is not None and (found := issuer.known(hashed)):
+        if issuer is not None and (found := issuer.known(hashed, now)):
             return found
         bucket = _client_bucket(client)
         if issuer is not None and not self.failures.wait(bucket, now):
