@@ -396,6 +396,49 @@ def test_tidying_that_is_killed_anywhere_neither_loses_nor_doubles(tmp_path: Pat
     assert int(done.stdout) > 20
 
 
+def move_back(place: Path, day: str) -> Path:
+    "Today's one Parquet file, as if it were of another day."
+    (made,) = place.glob(f"date={time.strftime('%Y-%m-%d', time.gmtime())}/*.parquet")
+    old = place / f"date={day}" / f"{made.stem.rpartition('-')[0]}-{day.replace('-', '')}.parquet"
+    old.parent.mkdir()
+    return made.rename(old)
+
+
+def test_what_was_kept_for_long_enough_is_removed(tmp_path: Path):
+    place = tmp_path / ANSWERS
+    for part, day in enumerate(("2020-01-31", "2020-02-01", "")):
+        with opened(tmp_path) as (log, _):
+            fill(log, part * 10, part * 10 + 10)
+        assert tidy(tmp_path).records == 10
+        if day:
+            move_back(place, day)
+    (place / "_damaged").mkdir()
+    (place / "_damaged" / "x-000001-20200131.tail").write_bytes(b"")
+    (place / "date=2020-01-31" / "note.parquet").write_bytes(b"")  # somebody else's
+
+    whole = read_log(tmp_path)
+    started = iter(whole)
+    next(started)
+    tidy(tmp_path, keep_days=30)
+    assert [path.name for path in place.glob("date=20*/*") if "2020" in str(path)] == ["note.parquet"]
+    assert not list((place / "_damaged").iterdir()) and not (place / "date=2020-02-01").exists()
+    rest = [batch["request_id"][0].as_py() for batch in started]
+    assert rest == ["r20"] and whole.tally.removed == 1 and "1 files removed" in whole.tally.text
+    assert read_log(tmp_path).table()["request_id"].to_pylist() == [f"r{i}" for i in range(20, 30)]
+
+
+def test_the_log_removes_by_itself_what_its_settings_say(tmp_path: Path):
+    with opened(tmp_path) as (log, _):
+        fill(log, 0, 10)
+    tidy(tmp_path)
+    old = move_back(tmp_path / ANSWERS, "2020-01-31")
+    with opened(tmp_path, tidies=True, keep_days=30):
+        deadline = time.monotonic() + 60
+        while old.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert not old.parent.exists()
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 def test_the_serving_process_stays_small(tmp_path: Path):
     code = """

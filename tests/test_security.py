@@ -317,6 +317,7 @@ def test_the_commands(fresh: Checkout):
     for wrong, word in (
         (["new", "--name", "x", "--scope", "predikt"], "predict"),
         (["revoke", "nobody"], id),
+        (["new", "--name", "x", "--expires", "999999w"], "never"),
     ):
         done = fresh.titanic("keys", *wrong)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr, done.stderr

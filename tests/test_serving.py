@@ -238,6 +238,30 @@ def test_lengths_that_lie_and_senders_that_drip(up: Up):
     assert b" 200 " in slow.partition(b"\r\n")[0]
 
 
+def test_heads_that_drip_are_cut(up: Up):
+    began = time.monotonic()
+    assert up.raw(b"GET /healthz HTTP/1.1\r\nhost:") == b""  # the rest never comes
+    assert 1 < time.monotonic() - began < 10
+    line = b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", up.port), timeout=10) as slow:
+        for pause in (3, 0):  # between two requests there is more time than for a head
+            slow.sendall(line)
+            answer = b""
+            while b'"ok"' not in answer:
+                answer += slow.recv(65536)
+            time.sleep(pause)
+        sent, closed = 0, False
+        while not closed and sent < 100:  # and the second head is no better than the first
+            try:
+                slow.sendall(line[sent % 20 : sent % 20 + 1])
+                sent, closed = sent + 1, slow.recv(1, socket.MSG_DONTWAIT) == b""
+            except BlockingIOError:
+                time.sleep(0.1)
+            except ConnectionError:
+                closed = True
+        assert closed and sent < 60
+
+
 def test_after_all_that_it_still_answers_and_has_counted(up: Up):
     assert up.post(GOOD).status_code == 200
     page = up.client.get("/metrics").text

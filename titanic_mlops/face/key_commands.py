@@ -23,6 +23,7 @@ keys_app = typer.Typer(help="Make, list, end and rotate the server's API keys.",
 
 # %% ../../nbs/07_face/07_keys.ipynb #31062060
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_LONGEST = timedelta(days=36_525)
 
 
 def duration(
@@ -34,7 +35,10 @@ def duration(
         raise ParameterError(
             f"{text!r} is no span of time", rule="a number and one of s, m, h, d, w", do="90d, 24h"
         )
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    span = timedelta(**{_UNITS[match[2]]: int(match[1])})
+    if span > _LONGEST:  # what a calendar can't hold any more is not far behind
+        raise ParameterError(f"{text} is too long", rule="at most a hundred years", do="never, or 365d")
+    return span
 
 
 def _end(text: str) -> datetime | None:

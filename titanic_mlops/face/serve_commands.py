@@ -129,7 +129,8 @@ def serve(
 
     far = isinstance(origins["champion"], RegistryOrigin)
     memory = own.store / "serving" / f"last-{own.mlflow_model}-{alias}" if far else None
-    plan = Plan(origins, host, port, workers, share, every, linger, grace, tuple(own.trusted), memory)
+    trusted, head = tuple(own.trusted), own.serve_seconds
+    plan = Plan(origins, host, port, workers, share, every, linger, grace, trusted, memory, head)
     with own_folder(own.store) as into:
         if workers > 1:
             share_metrics(into)

@@ -70,7 +70,7 @@ class _LimitSettings(BaseSettings):
     serve_batch_rows: Annotated[int, Field(ge=1, description="most passengers in a batch")] = 100_000
     serve_json_depth: Annotated[int, Field(ge=2, le=100, description="deepest nesting of JSON")] = 20
     serve_seconds: Annotated[
-        float, Field(gt=0, description="seconds that a body may take before its rate counts")
+        float, Field(gt=0, description="seconds that a head may take, and a body before its rate counts")
     ] = 10
     serve_cors: Annotated[
         str, Field(description="origins whose pages may ask, comma between; empty: only our own")
@@ -112,6 +112,9 @@ class _PredictionSettings(BaseSettings):
     predictions_rotate_seconds: Annotated[
         float, Field(gt=0, description="seconds after which a segment becomes Parquet")
     ] = 3600
+    predictions_keep_days: Annotated[
+        int, Field(ge=0, le=36_500, description="days after which the log's files are removed; 0: never")
+    ] = 0
 
 # %% ../../nbs/01_ground/02_settings.ipynb #5ec5e771
 class _GuardSettings(BaseSettings):

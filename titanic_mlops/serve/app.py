@@ -25,7 +25,13 @@ from starlette.responses import Response
 from ..data.targets import openapi_components
 from ..ground.settings import Settings
 from .access import open_access
-from .bulk import ARRAY_BYTES, BatchPrediction, answer_batch, batch_documentation
+from titanic_mlops.serve.bulk import (
+    ARRAY_BYTES,
+    MOST_ERRORS,
+    BatchPrediction,
+    answer_batch,
+    batch_documentation,
+)
 from .explain import explain_router
 from titanic_mlops.serve.http import (
     PROBLEMS,
@@ -91,7 +97,7 @@ _KEY_PARAMETER = {
 
 def predict_router(state: State, predict: Predict) -> fastapi.APIRouter:
     "`/v1/predict` and `/v1/predict/batch`."
-    router = fastapi.APIRouter(tags=["predictions"])
+    router, many_rows = fastapi.APIRouter(tags=["predictions"]), batch_documentation(state.limits.batch_rows)
 
     @router.post("/v1/predict", response_model=Prediction, openapi_extra=_PASSENGER)
     async def one(request: fastapi.Request) -> Response:
@@ -101,7 +107,7 @@ def predict_router(state: State, predict: Predict) -> fastapi.APIRouter:
         status, headers, body = await predict(asked)
         return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
-    @router.post("/v1/predict/batch", response_model=BatchPrediction, openapi_extra=batch_documentation())
+    @router.post("/v1/predict/batch", response_model=BatchPrediction, openapi_extra=many_rows)
     async def many(request: fastapi.Request) -> Response:
         "The probabilities of many passengers, in the form in which they come."
         return await answer_batch(request, state)
@@ -149,6 +155,7 @@ _PROBLEM_SCHEMA: dict[str, Any] = {
         "instance": {"type": "string", "description": "urn:request: and the request id"},
         "errors": {
             "type": "array",
+            "maxItems": MOST_ERRORS,
             "items": {
                 "type": "object",
                 "properties": {
@@ -307,7 +314,7 @@ def request_problem(error: RequestValidationError) -> Problem:
             one["type"],
             one.get("input"),
         )
-        for one in said[:100]
+        for one in said[:MOST_ERRORS]
     ]
     return Problem("broken-rule", f"{len(said)} of the request's rules broken", fields)
 

@@ -468,9 +468,11 @@ _WORDS = {
 }
 
 
-def batch_documentation() -> dict[str, Any]:
+def batch_documentation(
+    limit: int,  # of rows
+) -> dict[str, Any]:
     "The request body and the answers of the batch, for OpenAPI."
-    array = {"type": "array", "items": {"$ref": "#/components/schemas/ScoringRequest"}}
+    array = {"type": "array", "items": {"$ref": "#/components/schemas/ScoringRequest"}, "maxItems": limit}
     text = lambda kind: {"schema": {"type": "string", "description": _WORDS[kind]}}
     octets = {"schema": {"type": "string", "format": "binary", "description": _WORDS[ARROW]}}
     file = {

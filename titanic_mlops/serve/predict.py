@@ -68,7 +68,6 @@ def refusal(
     body: bytes,
     error: ValidationError,  # of the request model on this body
     depth: int = 20,
-    where: str = "",  # such as `rows.7.`
 ) -> Problem:
     "The problem with a passenger that was not taken."
     strict_json(body, depth)
@@ -80,23 +79,18 @@ def refusal(
         return Problem(
             "broken-rule", rule, [field_error("", rule, "not an object", strict_json(body, depth))]
         )
-    errors = field_errors(error, where)
+    errors = field_errors(error)
     return Problem("broken-rule", f"{len(errors)} of the contract's rules broken", errors)
 
 
-def field_errors(
-    error: ValidationError,
-    where: str = "",  # stands before the field
-) -> list[dict[str, Any]]:
+def field_errors(error: ValidationError) -> list[dict[str, Any]]:
     "One entry for each broken rule, in the contract's words."
     values = {
         str(one["loc"][0]): one["input"]
         for one in error.errors(include_url=False)
         if one["loc"] and one["type"] != "missing"
     }
-    return [
-        field_error(f"{where}{p.column}", p.rule, p.reason, values.get(p.column)) for p in problems(error)
-    ]
+    return [field_error(p.column, p.rule, p.reason, values.get(p.column)) for p in problems(error)]
 
 # %% ../../nbs/05_serve/18_predict.ipynb #01fb41b9
 class Prediction(BaseModel):

@@ -347,8 +347,8 @@ def _row_schema() -> dict[str, Any]:
     return said | {"required": [name for name in said["required"] if name not in labels]}
 
 
-def _invocations_schema() -> dict[str, Any]:
-    rows = {"type": "array", "items": _row_schema(), "maxItems": 1000}
+def _invocations_schema(limit: int) -> dict[str, Any]:
+    rows = {"type": "array", "items": _row_schema(), "maxItems": limit}
     one = lambda name: {
         "type": "object",
         "properties": {name: rows, "params": {"type": "object"}},
@@ -406,7 +406,10 @@ def mlflow_router(
         return Response(MLFLOW, media_type="application/json")
 
     @router.post(
-        "/invocations", openapi_extra=_invocations_schema(), responses=answers, response_class=Response
+        "/invocations",
+        openapi_extra=_invocations_schema(state.limits.batch_rows),
+        responses=answers,
+        response_class=Response,
     )
     async def invocations(request: fastapi.Request) -> Response:
         "Probabilities of survival for a table of passengers."
@@ -634,14 +637,17 @@ def read_inference(
     return said, rows_of_tensors(said.get("inputs"), body[size:])
 
 # %% ../../nbs/05_serve/07_protocols.ipynb #440f64c7
-def _inference_request() -> dict[str, Any]:
+_SIZE = {"type": "integer", "minimum": 0}
+
+
+def _inference_request(limit: int) -> dict[str, Any]:
     tensor = {
         "type": "object",
         "properties": {
             "name": {"enum": list(_WANTED)},
-            "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            "shape": {"type": "array", "items": _SIZE, "minItems": 1, "maxItems": 2},
             "datatype": {"enum": sorted(set(DATATYPES.values()))},
-            "data": {"type": "array"},
+            "data": {"type": "array", "maxItems": limit},
             "parameters": {"type": "object"},
         },
         "required": ["name", "shape", "datatype"],
@@ -651,7 +657,7 @@ def _inference_request() -> dict[str, Any]:
         "properties": {
             "id": _STRING,
             "parameters": {"type": "object"},
-            "inputs": {"type": "array", "items": tensor},
+            "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": len(_WANTED)},
         },
         "required": ["inputs"],
     }
@@ -731,7 +737,10 @@ def inference_router(
     facts = _object(name=_STRING, versions=_STRINGS, platform=_STRING, inputs=tensors, outputs=tensors)
     describe = {"responses": _answers(facts, error, 404, 503), "response_class": Response}
     outputs = _object(model_name=_STRING, model_version=_STRING, outputs=tensors)
-    ask = {"responses": _answers(outputs, error, 404, 503), "openapi_extra": _inference_request()}
+    ask = {
+        "responses": _answers(outputs, error, 404, 503),
+        "openapi_extra": _inference_request(state.limits.batch_rows),
+    }
     _health_routes(router, state, name)
 
     def said_of(model: str, version: str | None = None) -> Response:

@@ -215,10 +215,25 @@ def _tidy_stream(folder: Path, stream: str) -> Tally:
     return done
 
 
+def _remove_before(folder: Path, when: datetime) -> None:
+    "Remove the files of a stream that were begun before a day: one by one, so that each is there or gone."
+    emptied = set()
+    for path in (*folder.glob("date=*/[!.]*.parquet"), *folder.glob("_damaged/*")):
+        with contextlib.suppress(ValueError):  # somebody else's file
+            if SegmentName.of(path.stem).date < f"{when:%Y-%m-%d}":
+                path.unlink()
+                emptied.add(path.parent)
+    for place in emptied:
+        with contextlib.suppress(OSError):  # others of that day stay
+            if place.name != "_damaged":
+                place.rmdir()
+
+
 def tidy(
     folder: Path,  # of the prediction log
+    keep_days: int = 0,  # days after which files are removed; 0: never
 ) -> Tally:  # what was read on the way; empty: nothing was to do, or another process is at it
-    "Make Parquet of all closed segments."
+    "Make Parquet of all closed segments, and remove what has been kept for long enough."
     folder, done = Path(folder), Tally()
     for stream in (ANSWERS, OUTCOMES):
         place = folder / stream
@@ -232,6 +247,8 @@ def tidy(
             for left in place.glob("date=*/.*.parquet"):  # of a process that was killed
                 left.unlink()
             done.add(_tidy_stream(place, stream))
+            if keep_days:
+                _remove_before(place, datetime.now(UTC) - timedelta(days=keep_days))
     return done
 
 # %% ../../nbs/05_serve/17_record.ipynb #b0b4aa60
@@ -246,7 +263,7 @@ class _Source:
     name: SegmentName
 
     def open(self) -> Path:
-        "Where it is now. Raises `FileNotFoundError` if it was removed for good."
+        "Where it is now. Raises `FileNotFoundError` if it was removed for good: it was kept for long enough."
         live = self.folder / "_live"
         target = parquet_of(self.folder, self.name)
         for path in (target, live / f"{self.name.stem}.open", live / f"{self.name.stem}.closed", target):
@@ -359,10 +376,10 @@ class _Asked:
 
     def _source(self, source: _Source, after: int) -> "Iterator[pa.RecordBatch]":
         "All batches of a segment; if it gets another name while it is opened, under that one."
-        for attempt in range(3):
-            path = source.open()
-            self._ended = path.suffix != ".open"
+        for _ in range(3):
             try:
+                path = source.open()
+                self._ended = path.suffix != ".open"
                 seen = Tally()
                 if path.suffix == ".parquet":
                     names = list(dict.fromkeys([*self.schema.names, "number", "time"]))
@@ -373,8 +390,9 @@ class _Asked:
                 self.tally.add(seen)
                 return
             except FileNotFoundError:  # nothing was read of it yet
-                if attempt == 2:
-                    raise
+                continue
+        self._ended = True
+        self.tally.removed += 1
 
 # %% ../../nbs/05_serve/17_record.ipynb #9c0be055
 class Reading(_Asked):

@@ -376,12 +376,8 @@ class Issuer:
         self._seen: dict[bytes, Principal] = {}  # digest of a verified token -> whom it speaks for
         self._seen_with = self.key_set.keys
 
-    def known(
-        self,
-        digest: bytes,
-        now: float,  # monotonic seconds
-    ) -> Principal | None:
-        "Whom a token speaks for that was verified already, by a key that was not withdrawn since."
+    def known(self, digest: bytes, now: float) -> Principal | None:
+        "Whom a token speaks for that was verified already; `now` is in monotonic seconds."
         self.key_set.look(now, KeySet.STALE)  # those who come every second must not keep old keys alive
         if self._seen_with is not self.key_set.keys:
             self._seen, self._seen_with = {}, self.key_set.keys

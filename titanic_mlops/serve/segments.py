@@ -79,6 +79,7 @@ class Tally:
     unended: int = 0  # closed segments without their closing frame: nobody knows what followed
     unreadable: int = 0  # Parquet files that are damaged, read up to there
     unfit: int = 0  # values that did not fit their column, and were left out
+    removed: int = 0  # files that were kept for long enough, and went while they were looked for
 
     def add(self, other: "Tally") -> None:
         "Take over the counts of another one."
@@ -96,6 +97,7 @@ class Tally:
         parts += [f"{self.unended:,} segments without their end"] if self.unended else []
         parts += [f"{self.unreadable:,} damaged Parquet files"] if self.unreadable else []
         parts += [f"{self.unfit:,} values that did not fit"] if self.unfit else []
+        parts += [f"{self.removed:,} files removed meanwhile"] if self.removed else []
         return ", ".join(parts)
 
 
