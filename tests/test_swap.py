@@ -39,6 +39,9 @@ PASSENGER = {
 }  # fmt: skip
 
 
+LINGER = 0.5  # seconds in which a server that leaves says goodbye
+
+
 # --- bundles whose answer says which one it is
 
 
@@ -205,9 +208,10 @@ class Load:
     wrong: list[Any] = field(default_factory=list)  # answers that contradict themselves, or are no answers
     lost: list[str] = field(default_factory=list)  # sent, and never answered
     cut: int = 0  # not sent: nobody there to take it
+    stale: int = 0  # sent on a connection that we left idle for longer than a server that leaves waits for us
 
     def run(self) -> None:
-        line = None
+        line, idle_since = None, 0.0
         body = json.dumps(PASSENGER)
         while not self._stop.is_set():
             if line is None:
@@ -218,14 +222,20 @@ class Load:
                     self.cut, line = self.cut + 1, None
                     time.sleep(0.01)
                     continue
+                idle_since = time.monotonic()
+            idle = time.monotonic() - idle_since
             try:
                 line.request("POST", "/v1/predict", body, {"content-type": "application/json"})
                 answer = line.getresponse()
                 content = answer.read()
             except (OSError, http.client.HTTPException) as error:
-                self.lost.append(repr(error))
+                if idle < LINGER:
+                    self.lost.append(repr(error))
+                else:  # RFC 9112, 9.3.1: who finds an idle connection closed asks again
+                    self.stale += 1
                 line = None
                 continue
+            idle_since = time.monotonic()
             self.judge(answer, content)
             if answer.will_close or not self.keep:
                 line.close()
