@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from titanic_mlops.ground.errors import AlertError
-from titanic_mlops.serve.predictions import PredictionLog
+from titanic_mlops.serve.predictions import OutcomeLog, PredictionLog
 from titanic_mlops.watch.drift import Reference
 from titanic_mlops.watch.monitor import Memory, References, alerts_of, look
 
@@ -90,6 +91,42 @@ def test_programs_read_flags_and_numbers_not_words(tmp_path: Path):
     kinds = {(type(f["moved"]), type(f["large"]), type(f["size"]), type(f["p"])) for f in read["findings"]}
     assert kinds == {(bool, bool, float, float)}
     assert "fare" in {f["column"] for f in read["findings"] if f["moved"]}
+
+
+def test_outcomes_judge_the_model_and_no_disorder_stops_it(tmp_path: Path):
+    references, memory = known(), Memory(tmp_path / "watch")
+    promised = {"log_loss": {"value": 0.45, "low": 0.4, "high": 0.5}}
+    references = References(
+        Path("nowhere"), {MODEL.digest: replace(references.of(MODEL.digest), figures=promised)}
+    )
+    folder = tmp_path / "predictions"
+    write(folder, passengers(300, 5))
+    write(folder, passengers(40, 6), model=OTHER, name="other")
+    write(folder, passengers(200, 7), name="old", start=START - 30 * 86_400)
+    look_now = lambda: look(folder, memory, references, MODEL.digest, now=START + 600)
+    before = look_now()
+    assert (before.judged, before.performance.worse) == (dict.fromkeys(before.judged, 0), False)
+    assert before.looked_for == ("predictions_lost", "drift") and before.expected["log_loss"].value > 0
+    outcomes = OutcomeLog(folder)
+    outcomes.record([(f"r-{i}", i % 2) for i in range(50)] + [("nobody", 1), ("other-1", 1)], START * 10**9)
+    outcomes.keep(end=True)
+    few = look_now()
+    told = {name: count for name, count in few.judged.items() if count}
+    assert told == {"judged": 50, "unknown": 1, "other_model": 1}
+    assert not few.performance.enough and "performance" not in few.looked_for
+    outcomes = OutcomeLog(folder)
+    outcomes.record([(f"r-{i}", i % 2) for i in range(300)], (START + 1) * 10**9)
+    outcomes.record([("r-0", 1), ("old-1", 1)], (START + 2) * 10**9)
+    outcomes.keep(end=True)
+    seen = look_now()
+    told = {name: count for name, count in seen.judged.items() if count}
+    assert told == {"judged": 300, "unknown": 2, "repeated": 50, "contradicted": 1, "other_model": 1}
+    assert (
+        seen.performance.worse and "performance" in seen.looked_for
+    )  # the outcomes know nothing of the answers
+    [alert] = [one for one in alerts_of(seen) if one.name == "performance"]
+    assert alert.severity == "critical" and "300 outcomes" in alert.summary
+    assert json.loads(json.dumps(seen.facts))["performance"]["worse"] is True
 
 
 def test_a_small_window_and_a_clock_that_is_ahead(tmp_path: Path):

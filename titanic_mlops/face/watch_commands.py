@@ -18,6 +18,8 @@ from ..ground.errors import AlertError, ParameterError
 from ..ground.settings import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from titanic_mlops.watch.alerts import Alert, Delivery
     from titanic_mlops.watch.monitor import Look
 
@@ -28,6 +30,10 @@ def _colour(severity: str) -> str:
     return {"critical": "red", "warning": "yellow"}.get(severity, "dim")
 
 
+def _promised(reference: "Mapping[str, Mapping[str, float]]") -> str:
+    return f", the hold-out promised {reference['log_loss']['value']:.3f}" if "log_loss" in reference else ""
+
+
 def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
     head = f"{seen.drift.rows} answers in {seen.hours} h by bundle {seen.bundle[:12] or '-'}"
     console.print(f"{head}  [dim]read now: {seen.told}[/]")
@@ -35,6 +41,13 @@ def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
         console.print(f"too few to say anything: at least {seen.drift.rules.smallest_window} are needed")
     elif not alerts:
         console.print("[green]nothing moved[/]")
+    said = seen.performance
+    if said.n:
+        console.print(f"outcomes: {said.told}; log loss {said.log_loss}{_promised(said.reference)}")
+    if seen.expected:
+        console.print(
+            f"expected before outcomes: log loss {seen.expected['log_loss']}{_promised(said.reference)}"
+        )
     for alert in alerts:
         console.print(f"[{_colour(alert.severity)}]{alert.severity:8}[/] {escape(alert.summary)}")
     for error in sent.errors:
@@ -49,15 +62,21 @@ def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
 # %% ../../nbs/07_face/09_watch.ipynb #411c8953
 def watch(
     hours: Annotated[int, typer.Option(help="length of the window", min=1, max=24 * 366)] = 24,
+    outcome_hours: Annotated[
+        int, typer.Option(help="length of the window of the outcomes, which come late", min=1, max=24 * 366)
+    ] = 168,
     every: Annotated[float, typer.Option(help="seconds to the next look; 0: look once", min=0)] = 0.0,
 ) -> None:
-    "Has the world moved? Holds the predictions of the last hours against the training data, and tells who is to be told."
+    """Has the world moved, and is the model still as good?
+
+    Holds the predictions of the last hours against the training data, and those whose outcome is known against what the
+    hold-out promised; tells who is to be told."""
     from titanic_mlops.watch.monitor import watch_once
 
     own = settings()
     while True:
         try:
-            seen, alerts, sent = watch_once(own, hours)
+            seen, alerts, sent = watch_once(own, hours, outcome_hours)
         except AlertError as error:
             if not every:
                 raise

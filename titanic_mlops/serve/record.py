@@ -525,22 +525,23 @@ def _single(answers: "pa.Table") -> "pa.Table":
 # %% ../../nbs/05_serve/17_record.ipynb #0c18a8a3
 def joined(
     folder: Path,  # of the prediction log
-    since: datetime | int | None = None,  # of the answers; outcomes of any time count
+    since: datetime | int | None = None,  # of the answers
     until: datetime | int | None = None,
     columns: Sequence[str] | None = None,  # of the answers; None: all
     pending: bool = True,  # also answers without an outcome; False: memory goes by the outcomes
+    outcomes_since: datetime | int | None = None,  # earlier outcomes don't count; None: all do
 ) -> "pa.Table":
     "Answers with what became of them: one row for each id and kind. Raises `ParameterError`."
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    outcomes = _settled(read_log(folder, stream=OUTCOMES).table())
+    outcomes = _settled(read_log(folder, outcomes_since, stream=OUTCOMES).table())
     needed = ("request_id", "kind", "time", "probability")
     names = list(columns) if columns is not None else schema_of(ANSWERS).names
     reading = read_log(folder, since, until, list(dict.fromkeys([*names, *needed])))
     ids = outcomes["request_id"].combine_chunks()
     batches = []
-    for batch in reading:
+    for batch in reading if pending or len(ids) else ():
         kept = batch if pending else batch.filter(pc.is_in(batch.column("request_id"), ids))
         batches += [kept] if len(kept) else []
     answers = _single(pa.Table.from_batches(batches, reading.schema))

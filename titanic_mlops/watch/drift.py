@@ -66,6 +66,9 @@ class Reference:
     grid: dict[str, np.ndarray]  # numeric column -> its distinct values, ascending
     words: dict[str, tuple[str, ...]]  # column of words -> its distinct ones
     sketch: "Sketch"  # the reference as a window
+    figures: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # hold-out measure -> value, low, high
 
     @classmethod
     def of(
@@ -327,6 +330,7 @@ class Rules:
     missing: float = 0.05  # change of the share of missing values
     new: float = 0.01  # share of new words
     separable: float = 0.55  # ROC-AUC of the joint test
+    loss: float = 0.05  # log loss above what was promised, when outcomes are known
 
 
 @dataclass(frozen=True)
@@ -334,9 +338,9 @@ class Finding:
     "One test of one column."
 
     column: str
-    test: str  # ks, chi_square, missing, new_words, two_sample
+    test: str  # ks, chi_square, missing, new_words, two_sample; of outcomes: holdout, confidence
     p: float
-    adjusted: float  # by Holm, over all tests of the window
+    adjusted: float  # by Holm, over all tests that share the error rate
     size: float  # in the test's own measure
     large: bool  # is the size beyond the rule's
     significant: bool  # is `adjusted` within the error rate
