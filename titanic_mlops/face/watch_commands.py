@@ -6,6 +6,7 @@
 __all__ = ['console', 'alerts', 'watch', 'list_alerts', 'seconds_of', 'silence', 'retry', 'test']
 
 # %% ../../nbs/07_face/09_watch.ipynb #e99eda85
+import threading
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..ground.errors import AlertError, ParameterError
-from ..ground.settings import settings
+from ..ground.errors import AlertError, ParameterError, TitanicError
+from ..ground.settings import Settings, settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +60,56 @@ def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
             f"{sent.dead} letters were refused for good: titanic alerts retry, when the receiver is mended"
         )
 
+# %% ../../nbs/07_face/09_watch.ipynb #ac7ab002
+class _Acting:
+    "Follows the policy beside the looks."
+
+    def __init__(self, own: Settings):
+        self.own, self._thread, self._said = own, threading.Thread(), ""
+
+    def _say(self, said: str) -> None:
+        if said != self._said:
+            console.print(f"[bold]{datetime.now(UTC):%H:%M:%S}[/] {escape(said)}")
+        self._said = said
+
+    def _respond(self, alerts: "list[Alert]", bundle: str) -> None:
+        from titanic_mlops.watch.incident import respond
+
+        try:
+            incident = respond(self.own, alerts, bundle)
+        except TitanicError as error:
+            self._say(f"could not act: {error.what}")
+        else:
+            if incident:
+                self._say(f"incident {incident.id}: {incident.timeline[-1][1]}")
+
+    def step(self, alerts: "list[Alert]", bundle: str) -> None:
+        "Look after a new champion now, and begin what the policy says if nothing is under way."
+        from titanic_mlops.watch.incident import guard
+
+        try:
+            taken, more = guard(self.own)
+        except TitanicError as error:
+            return self._say(f"could not look after the champion: {error.what}")
+        if taken:
+            self._say(f"{taken.outcome}: {taken.says}")
+        for alert in more:
+            self._say(alert.summary)
+        if not self._thread.is_alive():
+            self._thread = threading.Thread(
+                target=self._respond, args=([*alerts, *more], bundle), daemon=True
+            )
+            self._thread.start()
+
+    def wait(self) -> None:
+        "Wait until what was begun is done, and send what is to be told of it."
+        from titanic_mlops.watch.alerts import deliver
+        from titanic_mlops.watch.monitor import open_desk
+
+        if self._thread.ident:
+            self._thread.join()
+            deliver(open_desk(self.own))
+
 # %% ../../nbs/07_face/09_watch.ipynb #411c8953
 def watch(
     hours: Annotated[int, typer.Option(help="length of the window", min=1, max=24 * 366)] = 24,
@@ -66,6 +117,9 @@ def watch(
         int, typer.Option(help="length of the window of the outcomes, which come late", min=1, max=24 * 366)
     ] = 168,
     every: Annotated[float, typer.Option(help="seconds to the next look; 0: look once", min=0)] = 0.0,
+    act: Annotated[
+        bool, typer.Option("--act/--no-act", help="follow incident_policy, and take back a new champion")
+    ] = False,
 ) -> None:
     """Has the world moved, and is the model still as good?
 
@@ -74,6 +128,7 @@ def watch(
     from titanic_mlops.watch.monitor import watch_once
 
     own = settings()
+    acting = _Acting(own)
     while True:
         try:
             seen, alerts, sent = watch_once(own, hours, outcome_hours)
@@ -83,7 +138,10 @@ def watch(
             console.print(f"[yellow]{error.what}[/]")
         else:
             _show(seen, alerts, sent)
+            if act:
+                acting.step(alerts, seen.bundle)
             if not every:
+                acting.wait()
                 raise typer.Exit(1 if alerts else 0)
         time.sleep(every)
 

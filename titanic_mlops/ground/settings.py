@@ -167,8 +167,51 @@ class _AlertSettings(BaseSettings):
     ] = ""
     alert_alertmanager: Annotated[str, Field(description="address of an Alertmanager; empty: none")] = ""
 
+
+class _IncidentSettings(BaseSettings):
+    "What `titanic watch --act` does about it."
+
+    incident_policy: Annotated[
+        str,
+        Field(
+            pattern="^(report|retrain|promote)$",
+            description="report: tell only; retrain: a challenger; promote: retrain, and let the gate decide",
+        ),
+    ] = "report"
+    incident_cooldown: Annotated[
+        float, Field(ge=0, description="seconds from the end of a retraining to the next one")
+    ] = 6 * 3600
+    incident_budget: Annotated[int, Field(ge=0, description="retrainings in a week, at most")] = 4
+    incident_rows: Annotated[
+        int, Field(ge=1, description="least records with an outcome that are worth a retraining")
+    ] = 200
+    incident_overrides: Annotated[
+        str, Field(description="Hydra overrides of a retraining, such as `model=logistic cv.repeats=1`")
+    ] = ""
+    guard_server: Annotated[
+        str, Field(description="address of the server whose metrics are watched; empty: the log only")
+    ] = ""
+    guard_key: Annotated[
+        str, Field(repr=False, description="its API key with the scope admin; only in the environment")
+    ] = ""
+    guard_hours: Annotated[
+        float, Field(ge=0, description="hours for which a new champion is on trial; 0: no rollback by itself")
+    ] = 24
+    guard_errors: Annotated[
+        float, Field(ge=0, lt=1, description="share of failed requests that a new champion may have")
+    ] = 0.02
+    guard_p99: Annotated[float, Field(gt=0, description="seconds that 99 of 100 of its answers may take")] = (
+        0.25
+    )
+    guard_loss: Annotated[
+        float,
+        Field(ge=0, description="rise of the log loss over the champion before, same passengers, nats"),
+    ] = 0.1
+
 # %% ../../nbs/01_ground/02_settings.ipynb #ac178da1
-class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSettings, _AlertSettings):
+class Settings(
+    _LimitSettings, _GuardSettings, _AccessSettings, _PredictionSettings, _AlertSettings, _IncidentSettings
+):
     "Where things run and are kept. Raises `SettingsError` through `settings()`."
 
     model_config = SettingsConfigDict(env_prefix="TITANIC_", extra="forbid", frozen=True)
@@ -196,6 +239,10 @@ class Settings(_LimitSettings, _GuardSettings, _AccessSettings, _PredictionSetti
     log_level: Annotated[
         str, Field(pattern="^(debug|info|warning|error)$", description="least severity logged")
     ] = "info"
+    actor: Annotated[
+        str,
+        Field(pattern="^[\\w.@ -]{0,100}$", description="who answers for promotions; empty: the account"),
+    ] = ""
 
     @classmethod
     def settings_customise_sources(

@@ -407,7 +407,8 @@ def settle(self: Registry) -> str:  # what was mended, in words; empty: nothing 
         if champion is None:
             return ""
         reason = "it was champion before there was a ledger"
-        self._move(None, champion, action="adopt", by=account(), verdict="", gate_version="", reason=reason)
+        who = self.settings.actor or account()
+        self._move(None, champion, action="adopt", by=who, verdict="", gate_version="", reason=reason)
         return f"version {champion.number} is entered into the ledger: {reason}"
     last, carried = entries[-1], self._carried()
     stands = (champion.number, champion.tags.get(ENTRY_TAG)) if champion else None
@@ -473,7 +474,7 @@ def promote(
     if override:
         require_reason(reason, 10)
     facts = {"verdict": verdict, "gate_version": gate_version, "reason": reason, "override": override}
-    return self._move(last, version, action="promote", by=by or account(), **facts)
+    return self._move(last, version, action="promote", by=by or self.settings.actor or account(), **facts)
 
 # %% ../../nbs/03_model/05_registry.ipynb #68c5b553
 @patch
@@ -504,7 +505,9 @@ def rollback(
         )
     target = self.version(found[-1].to_version)
     facts = {"verdict": "", "gate_version": "", "reason": reason}
-    return self._move(entries[-1], target, action="rollback", by=by or account(), **facts)
+    return self._move(
+        entries[-1], target, action="rollback", by=by or self.settings.actor or account(), **facts
+    )
 
 # %% ../../nbs/03_model/05_registry.ipynb #19116ed0
 @patch
