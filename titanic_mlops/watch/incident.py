@@ -669,7 +669,7 @@ def check_health(own: Settings) -> Health:
 def _answered_by(folder: Path, trial: Trial) -> "pd.DataFrame":
     "The answers of a champion on trial with outcomes, in the order in which these came."
     asked = [*feature_columns(), "ticket"]
-    since = datetime.fromtimestamp(trial.since - 60, UTC)
+    since = datetime.fromtimestamp(trial.since, UTC)
     if not all((Path(folder) / stream).is_dir() for stream in (ANSWERS, OUTCOMES)):
         return canonical(read(EMBEDDED).frame).iloc[:0]
     found = joined(folder, since, columns=["kind", "bundle_digest", "probability", *asked], pending=False)
