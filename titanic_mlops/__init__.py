@@ -19,7 +19,7 @@ MODULES = {
     **dict.fromkeys(("predictions", "segments", "record", "columns", "batch", "ray_app", "ray_batch"), "serve"),
     **dict.fromkeys(("drift", "alerts", "monitor", "incident", "shifts"), "watch"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
-    **dict.fromkeys(("serve_commands", "key_commands", "score_commands", "watch_commands"), "face"),
+    **dict.fromkeys(("serve_commands", "key_commands", "score_commands", "watch_commands", "screen"), "face"),
 }
 
 
