@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from browsing import chromium
 from checkout import Checkout, checkout
 
 # Libraries that report home, or that draw on a screen, are told not to before anything imports them.
@@ -94,3 +95,10 @@ def program():
         pytest.skip(message)
 
     return find
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Chromium."
+    with chromium() as made:
+        yield made

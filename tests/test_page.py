@@ -2,54 +2,16 @@
 
 import contextlib
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import CONTRAST, Seen, server, until
 
 pytestmark = pytest.mark.long
-HERE = Path(__file__).resolve().parent
-START = 60  # seconds that a server may take until it answers
 KEY = "a-key-of-this-test"
-BROWSER = [
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-    "--disable-sync",
-]
-
-
-@contextlib.contextmanager
-def server(folder: Path, *options: str) -> Iterator[str]:
-    "A server process on a free port; gives its address."
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder.parent / f"server-{port}.log"
-    command = [sys.executable, str(HERE / "explained.py"), str(folder), str(port), *options]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
-    try:
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/healthz", timeout=5):
-                break
-            assert process.poll() is None and time.monotonic() < deadline, f"no server:\n{log.read_text()}"
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -67,34 +29,6 @@ def address(folder: Path) -> Iterator[str]:
     "A server that answers everybody."
     with server(folder) as where:
         yield where
-
-
-@pytest.fixture(scope="module")
-def browser():
-    "Chromium."
-    import shutil
-
-    from playwright.sync_api import sync_playwright
-
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        assert os.environ.get("CI") != "true", "chromium is not installed"
-        pytest.skip("chromium is not installed")
-    arguments = [*BROWSER, "--no-sandbox"] if os.getuid() == 0 else BROWSER
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield made
-        made.close()
-
-
-class Seen:
-    "What a page asked for and complained about."
-
-    def __init__(self, page):
-        self.asked, self.said = [], []
-        page.on("request", lambda request: self.asked.append(request.url))
-        page.on("console", lambda message: self.said.append(message.text))
-        page.on("pageerror", lambda error: self.said.append(str(error)))
 
 
 @pytest.fixture
@@ -117,14 +51,6 @@ def visit(browser):
     yield open_page
     for context in opened:
         context.close()
-
-
-def until(page, script: str, argument: object = None) -> None:
-    "Wait until a script says true. Playwright's own way evaluates strings in the page, which the policy refuses."
-    deadline = time.monotonic() + 20
-    while not page.evaluate(script, argument):
-        assert time.monotonic() < deadline, f"not within 20 s: {script}; {page.inner_text('body')[:2000]}"
-        page.wait_for_timeout(50)
 
 
 def shown(page) -> str:
@@ -351,17 +277,6 @@ def test_on_a_phone(address: str, visit, scheme: str):
     faint = page.evaluate(CONTRAST)
     assert not faint, faint
     assert not seen.said, seen.said
-
-
-CONTRAST = """() => {
-    const rgb = text => { const c = document.createElement('canvas').getContext('2d'); c.fillStyle = text; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; };
-    const light = ([r, g, b]) => { const f = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
-    const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] > 250) return c; } return [255, 255, 255]; };
-    return [...document.querySelectorAll('h1, h2, p, label, th, td, a, dt, dd, button, output, .fate, .soft, .hint')].filter(e => e.offsetParent && e.textContent.trim() && !e.closest('.out-of-sight')).map(e => {
-        const a = light(rgb(getComputedStyle(e).color)), b = light(behind(e));
-        return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.tagName, e.textContent.trim().slice(0, 30)];
-    }).filter(([ratio]) => ratio < 4.5);
-}"""
 
 
 def test_a_hostile_name_is_text(address: str, visit):

@@ -166,6 +166,9 @@ class _AlertSettings(BaseSettings):
         str, Field(description="smtp://host[:port]/?from=...&to=..., a login before the host; empty: none")
     ] = ""
     alert_alertmanager: Annotated[str, Field(description="address of an Alertmanager; empty: none")] = ""
+    watch_stale_seconds: Annotated[
+        float, Field(gt=0, description="seconds after which the watcher's last look counts as old")
+    ] = 7200
 
 
 class _IncidentSettings(BaseSettings):

@@ -50,6 +50,8 @@ from .predict import Predict, Prediction
 from .predictions import open_prediction_log, outcomes_router
 from .protocols import inference_router, mlflow_router
 from .security import OpenGuard
+from .status import status_router, trouble_of
+from .watched import Watched, measure_watch
 
 # %% ../../nbs/05_serve/08_app.ipynb #4f9fb965
 def health_router(state: State) -> fastapi.APIRouter:
@@ -65,11 +67,7 @@ def health_router(state: State) -> fastapi.APIRouter:
     async def readyz() -> Response:
         "There is a model, and which."
         said = {**state.models.state()}
-        trouble = {"record": getattr(state.log, "failing", ""), "keys": getattr(state.guard, "trouble", "")}
-        said["degraded"] = [
-            *said.get("degraded", []),
-            *(f"{name}: {why}" for name, why in trouble.items() if why),
-        ]
+        said["degraded"] = [*said.get("degraded", []), *trouble_of(state)]
         return Response(json.dumps(said), 200 if said["ready"] else 503, media_type="application/json")
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -348,8 +346,9 @@ SCOPES = {
     "/v2": "predict",
     "/v2/health": "",
     "/metrics": "admin",
+    "/v1/status": "admin",
     **dict.fromkeys(
-        ("/", "/docs", "/openapi.json", "/healthz", "/readyz", "/ping", "/health", "/version"), ""
+        ("/", "/status", "/docs", "/openapi.json", "/healthz", "/readyz", "/ping", "/health", "/version"), ""
     ),
 }  # beginning of an address, up to a slash -> the permission it needs
 ABOUT = "The probability that a passenger of the Titanic survives, from a model that says which one it is."
@@ -366,6 +365,7 @@ def routers(state: State, predict: Predict) -> list[fastapi.APIRouter]:
         mlflow_router(state),
         inference_router(state),
         page_router(),
+        status_router(state),
     ]
     return [*there, model_router(state)] if isinstance(state.models, Models) else there
 
@@ -373,6 +373,7 @@ def routers(state: State, predict: Predict) -> list[fastapi.APIRouter]:
 def watch(state: State) -> None:
     "Have the numbers shown that are no counts of requests."
     metrics, log, access = state.metrics, state.log, state.access
+    measure_watch(Watched.of(state.settings), metrics.watch)
     if isinstance(state.models, Models):
         measure(state.models, metrics.watch)
     if log is not None:

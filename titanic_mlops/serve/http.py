@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'PROBLEM_TYPE', 'SLOWEST', 'Receive', 'BUCKETS', 'SECURITY_HEADERS', 'Headers', 'Lean', 'Problem', 'shown',
-           'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'metrics_page',
-           'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem', 'listed', 'Front',
-           'pass_through']
+           'field_error', 'strict_json', 'Limits', 'Disconnected', 'too_large', 'Body', 'request_id', 'all_workers',
+           'metrics_page', 'Metrics', 'State', 'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem',
+           'listed', 'Front', 'pass_through']
 
 # %% ../../nbs/05_serve/02_http.ipynb #ca8a70c3
 import asyncio
@@ -314,13 +314,19 @@ class _Watched:
             yield family
 
 # %% ../../nbs/05_serve/02_http.ipynb #3677427a
-def metrics_page(registry: Any, watched: Any) -> bytes:
-    "Counts of all workers, and the watched numbers of this one."
+def all_workers(registry: Any) -> Any:
+    "A registry that holds the counts of all workers, where there are several."
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         from prometheus_client.multiprocess import MultiProcessCollector
 
         registry = prometheus.CollectorRegistry()
         MultiProcessCollector(registry)
+    return registry
+
+
+def metrics_page(registry: Any, watched: Any) -> bytes:
+    "Counts of all workers, and the watched numbers of this one."
+    registry = all_workers(registry)
     looked = prometheus.CollectorRegistry()
     looked.register(watched)
     return prometheus.generate_latest(registry) + prometheus.generate_latest(looked)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'PATIENCE', 'Offer', 'Origin', 'bring', 'FolderOrigin', 'Line', 'Rest', 'Place', 'RegistryOrigin', 'Tables',
-           'StoreOrigin', 'origin_of']
+           'StoreOrigin', 'origin_of', 'ledger_of']
 
 # %% ../../nbs/05_serve/14_origins.ipynb #717d33df
 import base64
@@ -19,13 +19,16 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from ..ground.errors import BundleError, RegistryError, SettingsError
 from ..ground.settings import Settings
 from ..ground.store import digest, folder_atomic
 from ..model.bundle import SIGNATURE
+
+if TYPE_CHECKING:
+    from titanic_mlops.model.ledger import Ledger
 
 # %% ../../nbs/05_serve/14_origins.ipynb #6c5a2940
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -442,13 +445,17 @@ class StoreOrigin(Tables):
         if not self._file.is_file():
             raise self._nothing()
         try:
-            model = self._settings.mlflow_model
-            name = self._ask(_LEDGER, model) if self.alias == "champion" else None
-            return self._by_ledger(name[0]) if name else self._by_alias()
+            name = self.ledger_name() if self.alias == "champion" else ""
+            return self._by_ledger(name) if name else self._by_alias()
         except sqlite3.Error as error:
             raise RegistryError(
                 f"the registry's tables can't be read: {error}", where=str(self._file)
             ) from None
+
+    def ledger_name(self) -> str:  # empty: there is none
+        "The name of the model's ledger."
+        found = self._ask(_LEDGER, self._settings.mlflow_model) if self._file.is_file() else None
+        return found[0] if found else ""
 
     def _by_ledger(self, name: str) -> Offer:
         from titanic_mlops.model.ledger import Ledger
@@ -493,3 +500,21 @@ def origin_of(
     if settings.mlflow_uri.startswith(("http://", "https://")):
         return RegistryOrigin(settings.mlflow_uri, settings.mlflow_model, said, patience)
     return StoreOrigin(settings, said)
+
+
+def ledger_of(
+    settings: Settings,
+) -> "Ledger | None":  # None: there is none
+    "The ledger of the model that the settings name, to be read. Raises `RegistryError`."
+    from titanic_mlops.model.ledger import LEDGER_TAG, Ledger
+
+    if settings.mlflow_uri.startswith(("http://", "https://")):
+        path = "/api/2.0/mlflow/registered-models/get"
+        try:
+            said = Rest(settings.mlflow_uri).ask(path, name=settings.mlflow_model)["registered_model"]
+        except (FileNotFoundError, KeyError):
+            return None
+        name = next((tag.get("value") for tag in said.get("tags", []) if tag["key"] == LEDGER_TAG), None)
+    else:
+        name = StoreOrigin(settings).ledger_name()
+    return Ledger(settings.artifacts_url, name) if name else None
