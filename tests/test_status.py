@@ -46,8 +46,8 @@ def passengers(count: int, fare: float = 1.0) -> list[dict]:
     return [row | {"fare": row["fare"] and fare * row["fare"]} for row in rows]
 
 
-def answered(store: Path, bundle: Path, rows: list[dict]) -> None:
-    "Have a model answer some passengers, on the record, and keep its bundle where a watcher finds it."
+def answered(store: Path, bundle: Path, rows: list[dict], wrong: bool | None = None) -> None:
+    "Have a model answer some passengers, on the record, with outcomes as it says or against that."
     import shutil
     from types import SimpleNamespace
 
@@ -60,6 +60,9 @@ def answered(store: Path, bundle: Path, rows: list[dict]) -> None:
     log, now = PredictionLog(store / "predictions", say=lambda *_, **__: None), time.time_ns()
     for number, (row, chance) in enumerate(zip(rows, model.many(rows), strict=True)):
         log.append(f"r-{number}", now - 1000 * number, served, row, float(chance))
+        if wrong is not None:
+            log.flush()
+            log.outcomes.record([(f"r-{number}", int((chance >= 0.5) != wrong))])
     log.close()
 
 
@@ -226,6 +229,19 @@ def test_a_watcher_that_has_stopped_and_half_a_file(bundles: dict[bool, Path], t
         latest.write_text(json.dumps(said))
         until(page, "document.querySelector('#word-text').textContent === 'All is well'")
         assert not seen.said
+
+
+def test_a_model_that_is_worse_than_promised(bundles: dict[bool, Path], tmp_path: Path, visit):
+    answered(tmp_path, bundles[True], passengers(150), wrong=True)
+    look(tmp_path)
+    with server(bundles[True], store=str(tmp_path)) as address:
+        page, seen = visit(address)
+        assert verdict(page).startswith("Act now") and "log loss" in verdict(page)
+        assert page.inner_text("#performance-says") == "It is surely worse than promised."
+        assert "150 outcomes" in page.inner_text("#outcomes")
+        figures = json.loads((tmp_path / "watch" / "latest.json").read_text())["performance"]["figures"]
+        row = page.inner_text("#performance-rows tr:has-text('log loss')")
+        assert f"{figures['log_loss']['value']:.3g}" in row and not seen.said
 
 
 def test_too_few_answers_are_no_alarm(bundles: dict[bool, Path], tmp_path: Path, visit):
