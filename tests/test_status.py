@@ -141,7 +141,7 @@ def drifted(
 ) -> Iterator[tuple[str, Path]]:
     "A server on a store whose passengers pay in pence."
     store = tmp_path_factory.mktemp("drifted")
-    answered(store, bundles[True], passengers(500, fare=240.0))
+    answered(store, bundles[True], passengers(500, fare=240.0), wrong=False)
     look(store)
     promoted(store, Bundle(bundles[True]).digest)
     with server(bundles[True], store=str(store)) as address:
@@ -274,6 +274,8 @@ def test_on_every_screen(drifted: tuple[str, Path], visit, width: int, scheme: s
     assert page.evaluate("document.querySelector('#verdict').getBoundingClientRect().top") < 100, (
         "seen at once"
     )
+    cropped = "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"
+    assert not page.eval_on_selector_all(".scroll", cropped)
     faint = page.evaluate(CONTRAST)
     assert not faint, faint
     assert not seen.said
