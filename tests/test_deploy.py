@@ -1,6 +1,9 @@
 """What lies under deploy/: manifests against their schemas, and against the code that they start."""
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import kubernetes_validate
@@ -120,3 +123,133 @@ def test_the_image_installs_locked_packages_only():
         assert wanted <= names
         pipeline = {"scikit-learn", "mlflow", "prefect", "great-expectations", "pandera"}
         assert not names & (pipeline | ({"pandas"} if surface == "serve" else set()))  # Ray Data has pandas
+
+
+# --- Prometheus and Grafana
+
+
+OBSERVE = DEPLOY / "observe"
+NAME = r"\b(?:titanic_[a-z0-9_]+|up)\b"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    "What a server shows at /metrics after some requests and a look of the watcher: name -> values of the label `of`."
+    from prometheus_client.parser import text_string_to_metric_families
+    from starlette.testclient import TestClient
+
+    from titanic_mlops.serve.app import create_app
+    from titanic_mlops.serve.models import Models
+    from titanic_mlops.serve.predictions import PredictionLog
+    from titanic_mlops.serve.watched import Watched
+
+    store = tmp_path_factory.mktemp("observed")
+    finding = {"column": "fare", "test": "ks", "adjusted": 0.0, "size": 1.0, "moved": True, "says": ""}
+    figures = {name: {"value": 0.5} for name in ("log_loss", "accuracy")}
+    said = {"looked": 1.0, "since": "", "hours": 1, "rows": 1, "bundle": "", "findings": [finding]}
+    said |= {"expected": figures, "performance": {"figures": figures, "holdout": figures}}
+    file = Watched(store).latest
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(said))
+    log = PredictionLog(store / "predictions", say=lambda *_, **__: None)
+    app = create_app(Models(), None, log, Settings(store=store))
+    app.state.metrics.predicted("1", "champion", True)
+    client = TestClient(app)
+    client.get("/nowhere")
+    found: dict[str, set[str]] = {"up": set()}  # which Prometheus makes itself
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for name in {family.name, *(sample.name for sample in family.samples)}:
+            found.setdefault(name, set()).update(s.labels.get("of", "") for s in family.samples)
+    log.close()
+    return found
+
+
+def expressions() -> dict[str, str]:
+    "Every query of the rules and of the dashboard, by its name."
+    rules = yaml.safe_load((OBSERVE / "rules.yml").read_text())
+    found = {rule["alert"]: rule["expr"] for group in rules["groups"] for rule in group["rules"]}
+    dashboard = json.loads((OBSERVE / "grafana" / "dashboards" / "titanic.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            found[f"{panel['title']} {target['refId']}"] = target["expr"]
+    return found
+
+
+def test_rules_and_dashboard_name_what_a_server_shows(shown: dict[str, set[str]]):
+    said = expressions()
+    assert len(said) > 25
+    for title, expression in said.items():
+        names = re.findall(NAME, expression)
+        assert names, title
+        for name in names:
+            assert name in shown, f"{title}: no server shows {name}"
+        for name, of in re.findall(r'(titanic_\w+)\{of="(\w+)"\}', expression):
+            assert of in shown[name], f"{title}: {name} has no {of}"
+
+
+def test_everything_that_a_watcher_shows_is_looked_at(shown: dict[str, set[str]]):
+    looked_at = set(re.findall(NAME, " ".join(expressions().values())))
+    assert {name for name in shown if name.startswith("titanic_watch_")} - looked_at == {
+        "titanic_watch_outcomes"
+    }
+
+
+def test_every_rule_says_what_to_do_and_is_tried():
+    rules = yaml.safe_load((OBSERVE / "rules.yml").read_text())
+    said = [rule for group in rules["groups"] for rule in group["rules"]]
+    cases = yaml.safe_load((OBSERVE / "rules_test.yml").read_text())["tests"]
+    tried = [case for one in cases for case in one["alert_rule_test"]]
+    for rule in said:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"] and rule["annotations"]["do"], rule["alert"]
+        own = [bool(case.get("exp_alerts")) for case in tried if case["alertname"] == rule["alert"]]
+        assert {True, False} <= set(own), f"{rule['alert']} is tried both ways"
+
+
+def test_what_the_rules_say_to_do_exists():
+    from typer.main import get_command
+
+    from titanic_mlops.face.cli import app
+
+    command = get_command(app)
+    text = (OBSERVE / "rules.yml").read_text()
+    for words in re.findall(r"titanic ([a-z]+(?: [a-z]+)?)", text):
+        first, *rest = words.split()
+        assert first in command.commands, words
+        below = getattr(command.commands[first], "commands", {})
+        assert not below or rest[0] in below, words
+    for name, option in re.findall(r"titanic ([a-z]+) (--[a-z-]+)", text):
+        assert option in {o for p in command.commands[name].params for o in p.opts}, f"{name} {option}"
+
+
+def test_promtool_is_content(tmp_path: Path):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    own = tmp_path / "observe"
+    shutil.copytree(OBSERVE, own)
+    (own / "titanic.key").touch()
+    for command in (("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")):
+        done = subprocess.run([promtool, *command], cwd=own, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_provisioned_hangs_together():
+    compose = yaml.safe_load((OBSERVE / "compose.yml").read_text())["services"]
+    for service in compose.values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (OBSERVE / source).is_dir(), volume
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    provisioned = OBSERVE / "grafana" / "provisioning"
+    source = yaml.safe_load((provisioned / "datasources" / "prometheus.yml").read_text())["datasources"][0]
+    folder = yaml.safe_load((provisioned / "dashboards" / "titanic.yml").read_text())["providers"][0]
+    assert any(volume.split(":")[1] == folder["options"]["path"] for volume in compose["grafana"]["volumes"])
+    dashboard = json.loads((OBSERVE / "grafana" / "dashboards" / "titanic.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for target in panel.get("targets", []):
+            assert target["datasource"]["uid"] == source["uid"]
