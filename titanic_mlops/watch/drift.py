@@ -136,7 +136,8 @@ class Sketch:
         for name in WORDS:
             counts[name], new[name], coded[name] = _count_words(reference.words[name], *_words(table, name))
         order = _hashes(first, table.num_rows)
-        kept = np.argsort(order, kind="stable")[:SAMPLE]
+        kept = np.argpartition(order, SAMPLE)[:SAMPLE] if len(order) > SAMPLE else np.arange(len(order))
+        kept = kept[np.argsort(order[kept])]
         sample = {"hash": order[kept]} | {name: coded[name][kept] for name in INPUTS}
         return cls(table.num_rows, counts, sums, new, sample)
 
@@ -160,12 +161,14 @@ def _count_numbers(
     grid: np.ndarray,  # k distinct values, ascending
     values: np.ndarray,  # NaN: missing
 ) -> tuple[np.ndarray, np.ndarray]:  # rows in each of 2k + 1 cells and missing ones; sums in the cells
-    known = values[~np.isnan(values)]
-    left = np.searchsorted(grid, known, "left")
-    cells = left + np.searchsorted(grid, known, "right")  # even: between two values; odd: at one
-    size = 2 * len(grid) + 1
-    counts = np.bincount(cells, minlength=size)
-    sums = np.bincount(cells, weights=known, minlength=size)
+    known = np.sort(values[~np.isnan(values)])  # then few places are looked up, not every value
+    ends = [np.searchsorted(known, grid, side) for side in ("left", "right")]
+    starts = np.concatenate(
+        [[0], np.column_stack(ends).ravel()]
+    )  # cells by turns between two values and at one
+    counts, sums = np.diff(starts, append=len(known)), np.zeros(len(starts))
+    if len(known):
+        sums[counts > 0] = np.add.reduceat(known, starts[counts > 0])
     return np.append(counts, len(values) - len(known)), sums
 
 
@@ -235,6 +238,11 @@ def _psi(a: np.ndarray, b: np.ndarray) -> float:  # window, reference
         return 0.0
     p, q = (a[used] + 0.5) / (n + 0.5 * used.sum()), (b[used] + 0.5) / (m + 0.5 * used.sum())
     return max(0.0, float(((p - q) * np.log(p / q)).sum() - (used.sum() - 1) * (1 / n + 1 / m)))
+
+
+def _share_moved(a: np.ndarray, b: np.ndarray) -> float:  # window, reference
+    "Total variation distance: the share of rows that would have to bear another word."
+    return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
 
 
 def _tenths(reference: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -326,7 +334,8 @@ class Rules:
 
     error_rate: float = 0.01  # of windows without any change that raise an alarm, all columns together
     smallest_window: int = 100  # rows
-    psi: float = 0.1
+    psi: float = 0.1  # of numbers
+    share: float = 0.1  # of rows whose word is another one
     missing: float = 0.05  # change of the share of missing values
     new: float = 0.01  # share of new words
     separable: float = 0.55  # ROC-AUC of the joint test
@@ -341,7 +350,7 @@ class Finding:
     test: str  # ks, chi_square, missing, new_words, two_sample; of outcomes: holdout, confidence
     p: float
     adjusted: float  # by Holm, over all tests that share the error rate
-    size: float  # in the test's own measure
+    size: float  # ks: PSI; two_sample: ROC-AUC; of outcomes: log loss; all others: a share of rows
     large: bool  # is the size beyond the rule's
     significant: bool  # is `adjusted` within the error rate
     says: str  # what moved and how much, for a person
@@ -380,14 +389,14 @@ def _test_number(reference: Reference, window: Sketch, name: str) -> tuple[float
 
 
 def _test_words(reference: Reference, window: Sketch, name: str) -> tuple[float, float, str]:
-    "p-value, PSI and words of a column of words."
+    "p-value, share that moved and words of a column of words."
     a, b = window.counts[name][:-2], reference.sketch.counts[name][:-2]
     if not a.sum():
         return 1.0, 0.0, ""
-    psi, p, q = _psi(a, b), a / a.sum(), b / b.sum()
+    moved, p, q = _share_moved(a, b), a / a.sum(), b / b.sum()
     most = int(np.abs(p - q).argmax())
-    said = f"{reference.words[name][most]} {q[most]:.0%} -> {p[most]:.0%}, PSI {psi:.2f}"
-    return _chi_square(a, b), psi, said
+    said = f"{reference.words[name][most]} {q[most]:.0%} -> {p[most]:.0%}, {moved:.0%} of rows moved"
+    return _chi_square(a, b), moved, said
 
 # %% ../../nbs/06_watch/01_drift.ipynb #1fac57e2
 def _raw_tests(
@@ -396,9 +405,10 @@ def _raw_tests(
     "All tests of a window."
     old = reference.sketch
     for name in (n for n in WATCHED if len(window.counts[n]) > 2):
-        test, tried = ("ks", _test_number) if name in NUMBERS else ("chi_square", _test_words)
-        p, psi, said = tried(reference, window, name)
-        yield name, test, p, psi, psi >= rules.psi, said
+        number = name in NUMBERS
+        p, size, said = (_test_number if number else _test_words)(reference, window, name)
+        large = size >= (rules.psi if number else rules.share)
+        yield name, "ks" if number else "chi_square", p, size, large, said
     for name in INPUTS:
         gone, before = window.counts[name][-1] / window.rows, old.counts[name][-1] / old.rows
         if gone or before:
