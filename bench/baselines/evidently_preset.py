@@ -18,7 +18,7 @@ from evidently.legacy.calculations.stattests import get_stattest
 from evidently.presets import DataDriftPreset
 
 NUMBERS = ["age", "fare", "sibsp", "parch", "probability"]
-WORDS = ["pclass", "sex", "embarked", "title"]
+WORDS = ["pclass", "sex", "embarked", "title", "survived"]
 KINDS = dict.fromkeys(NUMBERS, "num") | dict.fromkeys(WORDS, "cat")
 
 

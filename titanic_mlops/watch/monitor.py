@@ -212,21 +212,22 @@ def read_on(
         return news
     reading, ids = read_log(folder, columns=_COLUMNS, after=seen.cursor), _Ids()
     for batch in reading:
-        champion = pc.equal(batch.column("kind").cast("string"), "champion")
-        news.rows["not_champion"] += len(batch) - pc.sum(champion).as_py()
-        batch = batch.filter(champion)
-        first = ids.first_time(batch.column("request_id"))
-        news.rows["repeated"] += len(batch) - int(first.sum())
-        _count(batch.filter(_mask(first)), references, seen, news, now)
+        champion = pc.fill_null(pc.equal(batch.column("kind").cast("string"), "champion"), False)
+        own = _those(batch, champion.to_numpy(zero_copy_only=False))
+        news.rows["not_champion"] += len(batch) - len(own)
+        fresh = _those(own, ids.first_time(own.column("request_id")))
+        news.rows["repeated"] += len(own) - len(fresh)
+        _count(fresh, references, seen, news, now)
     news.cursor = dict(reading.cursor)
     news.rows["lost"] += reading.tally.missing  # a torn end may be a record that is just being written
     return news
 
 
-def _mask(flags: np.ndarray) -> Any:
+def _those(batch: "pa.RecordBatch", flags: np.ndarray) -> "pa.RecordBatch":
+    "The rows with a flag; mostly all of them have it, and nothing is copied."
     import pyarrow as pa
 
-    return pa.array(flags)
+    return batch if flags.all() else batch.filter(pa.array(flags))
 
 # %% ../../nbs/06_watch/03_monitor.ipynb #37c9a99b
 class _Ids:
@@ -241,11 +242,12 @@ class _Ids:
             return np.zeros(0, bool)
         prints = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
         own, first = np.unique(prints, return_index=True)
+        fresh = np.ones(len(own), bool)
+        for run in self._runs:  # sorted in sorted: each look-up begins where the last one ended
+            place = np.minimum(np.searchsorted(run, own), len(run) - 1)
+            fresh &= run[place] != own
         flags = np.zeros(len(prints), bool)
-        flags[first] = True
-        for run in self._runs:
-            place = np.minimum(np.searchsorted(run, prints), len(run) - 1)
-            flags &= run[place] != prints
+        flags[first[fresh]] = True
         self._runs.append(own)
         while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
             self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]), kind="stable")]
@@ -266,7 +268,7 @@ def _count(batch: "pa.RecordBatch", references: References, seen: Seen, news: Se
             news.rows["unknown_model"] += int(own.sum())
             continue
         for hour in np.unique(hours[own]):
-            rows = batch.filter(_mask(own & (hours == hour)))
+            rows = _those(batch, own & (hours == hour))
             key = (digest, int(hour))
             before = [s.hours[key].rows for s in (seen, news) if key in s.hours]
             sketch = Sketch.of(reference, rows, first=sum(before) + key[1] * 1_000_000_007)
@@ -276,8 +278,8 @@ def _count(batch: "pa.RecordBatch", references: References, seen: Seen, news: Se
 # %% ../../nbs/06_watch/03_monitor.ipynb #72ea0149
 def bound_of(found: Finding, rules: Rules) -> float:
     "The size from which on a finding counts."
-    own = {"missing": rules.missing, "new_words": rules.new, "holdout": rules.loss, "confidence": rules.loss}
-    return rules.separable if found.test == "two_sample" else own.get(found.test, rules.psi)
+    bounds = {"ks": rules.psi, "chi_square": rules.share, "missing": rules.missing, "new_words": rules.new}
+    return (bounds | {"two_sample": rules.separable}).get(found.test, rules.loss)
 
 
 def _facts(look: "Look") -> dict[str, Any]:

@@ -132,12 +132,12 @@ def _worse(
     own, tests = expected(p)["log_loss"], []
     if "log_loss" in reference:
         promised = reference["log_loss"]
-        noise = math.hypot(error, (promised["high"] - promised["low"]) / (2 * _Z))
-        tests.append(("holdout", promised["value"], noise, "the hold-out promised"))
-    tests.append(("confidence", own.value, (own.high - own.value) / _Z, "its own confidence promised"))
-    chances = [float(norm.sf((here - value) / max(noise, 1e-12))) for _, value, noise, _ in tests]
+        tests.append(("holdout", promised["value"], promised["high"], error, "the hold-out promised"))
+    noise = max(error, (own.high - own.value) / _Z)
+    tests.append(("confidence", own.value, own.value, noise, "its own confidence promised"))
+    chances = [float(norm.sf((here - most) / max(noise, 1e-12))) for _, _, most, noise, _ in tests]
     found = []
-    for (test, value, _, says), chance, adjusted in zip(tests, chances, holm(chances), strict=True):
+    for (test, value, *_, says), chance, adjusted in zip(tests, chances, holm(chances), strict=True):
         large, significant = here - value >= rules.loss, adjusted <= rules.error_rate
         said = f"log loss {here:.3f} where {says} {value:.3f}"
         found.append(Finding("log_loss", test, chance, adjusted, here - value, large, significant, said))
