@@ -81,6 +81,9 @@ def many(executions: int, folder: Path) -> dict:
     [parent] = [info.pid for info in kernels.parents() if "mlflow" in info.preloads]
     files = lambda: len(os.listdir(f"/proc/{parent}/fd"))
     children = lambda: Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    while children():  # the last of the kernels before: its parent has yet to let go of it
+        time.sleep(0.1)
+    time.sleep(1)
     before = files()
     with ThreadPoolExecutor(8) as pool:
         took = seconds(lambda: list(pool.map(execute, range(executions))))

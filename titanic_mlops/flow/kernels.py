@@ -25,11 +25,12 @@ import sys
 import threading
 import time
 import traceback
+from array import array
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat
+from itertools import groupby, islice, repeat
 from operator import sub
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ PRELOAD = (
     # what a kernel is made of comes first: what all of them write to then lies together in memory
     "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "IPython.core.completerlib",
     "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic",
-    "tornado.platform.asyncio",
+    "tornado.platform.asyncio", "psutil", "sqlite3",
     "numpy", "pandas", "scipy.stats", "pyarrow.parquet", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
     "sklearn.linear_model", "sklearn.ensemble", "sklearn.compose", "sklearn.pipeline", "sklearn.model_selection",
     "sklearn.metrics", "sklearn.calibration", "skops.io", "onnxruntime", "mlflow",
@@ -428,6 +429,16 @@ def _preload(
             return module
     return None
 
+# %% ../../nbs/04_flow/00_kernels.ipynb #3ad1d002
+@contextlib.contextmanager
+def _as_if_missing(module: str):
+    "For the time being this module can't be imported."
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
 # %% ../../nbs/04_flow/00_kernels.ipynb #7e110d31
 def _close(file: Any) -> None:
     "Close a socket, or the file behind a number."
@@ -623,24 +634,27 @@ def _rehearse() -> dict[str, Any]:  # traits for the application of each kernel
 _POOL = 1 << 14  # bytes that Python's allocator cuts into blocks of one size
 
 
-def _fill_holes() -> list[Any]:  # to be kept
-    "Objects that fill what was freed between others."
-    kept: list[Any] = []
-    for size in range(32, 513, 16):
-        whole = _POOL // size
-        for _ in range(3000):  # never more than so many, whatever the allocator does
-            once = repeat(size - 33, 4 * whole)
-            some = (
-                [1.0 / number for number in repeat(7.0, 4 * whole)] if size == 32 else list(map(bytes, once))
-            )
-            kept.append(some)
-            apart = [
-                0,
-                *(i for i, block in enumerate(map(id, some)) if i and block != id(some[i - 1]) + size),
-            ]
-            if max(map(sub, [*apart[1:], len(some)], apart)) > whole - 4:  # the head of a pool takes some
+def _fill_pools() -> None:
+    "Take for good what Python's allocator has free between objects."
+    take = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("PyObject_Malloc", ctypes.pythonapi))
+    for size in range(16, 513, 16):
+        whole = _POOL // size - 4  # the head of a pool takes some
+        for _ in range(50):  # never more than so many, whatever the allocator does
+            blocks = array("Q", map(take, repeat(size, 4 * whole)))
+            runs = groupby(map(sub, blocks[1:], blocks))
+            if max((len(list(run)) for gap, run in runs if gap == size), default=0) >= whole:
                 break
-    return kept
+
+# %% ../../nbs/04_flow/00_kernels.ipynb #3ad1d006
+def _fill_heap() -> None:
+    "Take for good what the C library has free inside its heap."
+    library = ctypes.CDLL(None)
+    take = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("malloc", library))
+    end = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t)(("sbrk", library))(0)
+    size = 1 << 16  # larger ones may lie elsewhere
+    while size >= 24:
+        any(block > end for block in map(take, repeat(size, 10_000)))  # stops at the first
+        size -= max(size // 8, 16)
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #57e029a0
 def _serve(
@@ -652,7 +666,9 @@ def _serve(
     sys.path[:] = base_path = [place for place in sys.path if place]
     before = set(os.environ)
     gc.disable()
-    if busy := _preload(said["preload"], skipped):
+    with _as_if_missing("debugpy"):
+        busy = _preload(said["preload"], skipped)
+    if busy:
         skipped[busy] = "starts a thread when it is imported"
         os.execv(sys.executable, _command({**said, "skipped": skipped}))
     added = {name: value for name, value in os.environ.items() if name not in before}
@@ -662,9 +678,11 @@ def _serve(
     _REHEARSED.update(_rehearse())
     _LOADED.update(sys.modules)
     gc.collect()
+    _fill_pools()
     with contextlib.suppress(AttributeError):  # of glibc: what was freed goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
-    fill = _fill_holes()  # noqa: F841
+        _fill_heap()
+    sys._clear_type_cache()
     gc.freeze()
     files, here = [folder / f"{key}.{kind}" for kind in ("sock", "log", "lock")], os.getpid()
     files[0].unlink(missing_ok=True)
