@@ -48,6 +48,20 @@ def _marks(words: np.ndarray, byte: int) -> np.ndarray:
     return (found - _ONES) & ~found & _HIGHS
 
 # %% ../../nbs/05_serve/11_columns.ipynb #abfd603a
+_PLACE = np.array([one.bit_length() - 1 for one in range(256)])  # of the one bit in a byte
+
+
+def _where(content: np.ndarray, byte: int) -> np.ndarray:
+    "The places of a byte, ascending: looked for in eight bytes at a time, as most hold none."
+    found = content == byte
+    packed = np.packbits(found, bitorder="little")
+    eights = np.flatnonzero(packed != 0)
+    bits = packed[eights]
+    if (bits & (bits - 1)).any():  # two within eight bytes
+        return np.flatnonzero(found)
+    return (eights << 3) + _PLACE[bits]
+
+
 def _first(
     content: np.ndarray,
     starts: np.ndarray,
@@ -55,34 +69,43 @@ def _first(
     byte: int,
 ) -> np.ndarray:  # its place in each text; the text's end if it is not there
     "Where a byte first stands in each text."
-    places = np.flatnonzero(content == byte)
+    places = _where(content, byte)
     if len(places) == len(starts) and (places >= starts).all() and (places < ends).all():
         return places  # one in each text, as in a list where somebody took care
     after = np.searchsorted(places, starts)
     found = np.append(places, len(content))[after]
     return np.minimum(found, ends)
 
+# %% ../../nbs/05_serve/11_columns.ipynb #a7cfa207
+class _Words:
+    "The eight bytes of each text that follow its first comma, as a number."
 
-def _pieces(
-    names: "pa.Array",  # of strings, none missing
-) -> tuple[np.ndarray, np.ndarray]:  # a number for each name; rows whose piece is longer, or not so simple
-    "What stands between the first comma and the next full stop, up to eight bytes with the latter."
-    edges, content = _texts(names)
-    if len(content) < 8:
-        return np.zeros(len(names), np.uint64), np.arange(len(names))
-    windows = np.ndarray(len(content) - 7, "<u8", content, strides=(1,))
-    starts, ends = edges[:-1], edges[1:]
-    begins = _first(content, starts, ends, _COMMA) + 1
-    words = windows[np.minimum(begins, len(windows) - 1)]
-    stops = _marks(words, _STOP)
-    lowest = stops & (~stops + np.uint64(1))
-    pieces = words & ((lowest << np.uint64(1)) - np.uint64(1))
-    size = np.bitwise_count(lowest - np.uint64(1)) >> 3
-    odd = (lowest <= np.uint64(0x80)) | (_marks(pieces, _COMMA) != 0) | (begins + size >= ends)
-    odd |= begins >= len(windows)
-    rows = np.flatnonzero(odd)
-    pieces[rows] = 0
-    return pieces, rows
+    def __init__(self, names: "pa.Array"):  # of strings, none missing
+        edges, content = _texts(names)
+        self.begins, self.ends = _first(content, edges[:-1], edges[1:], _COMMA) + 1, edges[1:]
+        windows = np.ndarray(max(len(content) - 7, 0), "<u8", content, strides=(1,))
+        inside = np.searchsorted(self.begins, len(windows))  # the last texts may have fewer bytes
+        self.words = np.zeros(len(names), np.uint64)
+        self.words[:inside] = windows[self.begins[:inside]]
+
+    def take(self, rows: np.ndarray) -> "_Words":
+        "Those of some texts."
+        some = object.__new__(_Words)
+        some.words, some.begins, some.ends = self.words[rows], self.begins[rows], self.ends[rows]
+        return some
+
+    def pieces(
+        self,
+    ) -> tuple[np.ndarray, np.ndarray]:  # a number each; rows whose piece is longer, or not so simple
+        "What stands between the comma and the next full stop, up to eight bytes with the latter."
+        stops = _marks(self.words, _STOP)
+        lowest = stops & (~stops + np.uint64(1))
+        pieces = self.words & ((lowest << np.uint64(1)) - np.uint64(1))
+        size = np.bitwise_count(lowest - np.uint64(1)) >> 3
+        odd = (lowest <= np.uint64(0x80)) | (_marks(pieces, _COMMA) != 0) | (self.begins + size >= self.ends)
+        rows = np.flatnonzero(odd)
+        pieces[rows] = 0
+        return pieces, rows
 
 # %% ../../nbs/05_serve/11_columns.ipynb #4a192a98
 class _Titles:
@@ -91,7 +114,9 @@ class _Titles:
     def __init__(self) -> None:
         self.known: list[str] = []  # a title's number is its place
         self.names: list[str] = []  # a name that has it
-        self._pieces, self._codes = np.zeros(1024, np.uint64), np.zeros(1024, np.int64)
+        # by the first five bytes: the piece, which bytes are its own, how many, and the title's number
+        self._pieces, self._masks = np.ones(1024, np.uint64), np.zeros(1024, np.uint64)
+        self._sizes, self._codes = np.zeros(1024, np.int64), np.zeros(1024, np.int32)
 
     def _code(self, name: str) -> int:
         found = title(name)
@@ -100,19 +125,30 @@ class _Titles:
             self.names.append(name)
         return self.known.index(found)
 
-    def __call__(self, names: "pa.Array") -> np.ndarray:  # place in `known`
-        pieces, others = _pieces(names)
-        slots = ((pieces * _ODD) >> np.uint64(54)).view(np.int64)
+    def __call__(self, names: "pa.Array") -> np.ndarray:  # place in `known`, int32
+        words = _Words(names)
+        slots = (((words.words << np.uint64(24)) * _ODD) >> np.uint64(54)).view(np.int64)
         codes = self._codes[slots]
-        missed = np.flatnonzero(self._pieces[slots] != pieces)
-        if len(missed):
-            fresh, back = np.unique(pieces[missed], return_inverse=True)
-            spelled = [int(one).to_bytes(8, "little").rstrip(b"\0").decode() for one in fresh]
-            judged = np.array([self._code(f",{one}") for one in spelled])
-            codes[missed] = judged[back]
-            self._pieces[slots[missed]], self._codes[slots[missed]] = pieces[missed], codes[missed]
+        known = (words.words & self._masks[slots]) == self._pieces[slots]
+        known &= words.begins + self._sizes[slots] <= words.ends
+        if not known.all():
+            missed = np.flatnonzero(~known)
+            codes[missed] = self._learn(words.take(missed), names.take(missed), slots[missed])
+        return codes
+
+    def _learn(self, words: _Words, names: "pa.Array", slots: np.ndarray) -> np.ndarray:
+        "The titles of names that were not guessed."
+        pieces, others = words.pieces()
+        fresh, back = np.unique(pieces, return_inverse=True)
+        spelled = [int(one).to_bytes(8, "little").rstrip(b"\0") for one in fresh]
+        codes = np.array([self._code(f",{one.decode()}") for one in spelled], np.int32)[back]
+        sizes = np.array([len(one) for one in spelled])[back]
         if len(others):
             codes[others] = [self._code(name) for name in names.take(others).to_pylist()]
+        kept = np.flatnonzero(sizes)  # of the others there is no piece
+        self._pieces[slots[kept]], self._codes[slots[kept]] = pieces[kept], codes[kept]
+        self._masks[slots[kept]] = np.array([256**size - 1 for size in range(9)], np.uint64)[sizes[kept]]
+        self._sizes[slots[kept]] = sizes[kept]
         return codes
 
 # %% ../../nbs/05_serve/11_columns.ipynb #58fca683
@@ -232,7 +268,7 @@ def _choice_codes(cells: "pa.Array", choices: dict[Any, int]) -> np.ndarray:
     import pyarrow as pa
 
     if pa.types.is_null(cells.type):
-        return np.full(len(cells), len(choices))
+        return np.full(len(cells), len(choices), np.int32)
     if not pa.types.is_dictionary(cells.type):
         cells = cells.dictionary_encode()
     said = cells.dictionary.to_pylist()
@@ -240,17 +276,17 @@ def _choice_codes(cells: "pa.Array", choices: dict[Any, int]) -> np.ndarray:
         used = set(cells.indices.unique().to_pylist())
         if strange := [value for value in unknown if said.index(value) in used]:
             raise ContractError(f"{strange[0]!r} is none of {', '.join(choices)}", do="check rows first")
-    codes = np.array([*(choices.get(value, 0) for value in said), len(choices)])
+    codes = np.array([*(choices.get(value, 0) for value in said), len(choices)], np.int32)
     indices = cells.indices.fill_null(len(said)) if cells.null_count else cells.indices
     return codes[indices.to_numpy(zero_copy_only=False)]
 
 
 def _whole(cells: "pa.Array", low: int, high: int) -> np.ndarray:
     "The numbers, as integers. Raises `ContractError` if one is out of its range."
-    numbers = cells.to_numpy(zero_copy_only=False).astype(np.int64)
+    numbers = cells.to_numpy(zero_copy_only=False)
     if len(numbers) and (numbers.min() < low or numbers.max() > high):
         raise ContractError(f"a number is not from {low} to {high}", do="check rows first")
-    return numbers
+    return numbers.astype(np.int32)
 
 
 def _real(cells: "pa.Array") -> np.ndarray:
@@ -327,10 +363,10 @@ class Encoder:
         parts = {name: _choice_codes(_cells(batch, name), known) for name, known in self._choices.items()}
         parts |= {"title": self._titles(names), "pclass": _whole(_cells(batch, "pclass"), 1, 3)}
         parts["size"] = 1 + _whole(_cells(batch, "sibsp"), 0, 30) + _whole(_cells(batch, "parch"), 0, 30)
-        parts["side"] = (len(limits) + 1) * np.isnan(age) + sum(
-            (age >= limit).astype(np.int64) for limit in limits
-        )
-        number = self._deck(batch) if self.with_deck else np.zeros(len(batch), np.int64)
+        parts["side"] = np.isnan(age) * np.int32(len(limits) + 1)
+        for limit in limits:
+            parts["side"] += age >= limit
+        number = self._deck(batch) if self.with_deck else np.zeros(len(batch), np.int32)
         for name, bits in _BITS.items():
             number = (number << bits) | parts[name]
         fare = _fare_codes(_real(_cells(batch, "fare")), parts["size"])
@@ -458,7 +494,7 @@ class _Terms:
         self.ok &= bool(np.abs(self(sample) - self._model.run(sample)).max() <= TOLERANCE)
 
 # %% ../../nbs/05_serve/11_columns.ipynb #76ebd51d
-_BLOCK = 16_384  # rows at a time: what is computed on the way stays in the processor's cache
+_BLOCK = 32_768  # rows at a time: what is computed on the way stays in the processor's cache
 
 
 class _Memory:
