@@ -3,6 +3,8 @@
 Real servers on free ports, one worker each, asked by `wrk` where it is installed and by a small process of our own where not. Rounds alternate;
 the median of each counts. Ours runs with its defaults and the prediction log on, but for the rate limit (here one client stands
 for many) and the access log, which goes to a file. Prints baseline, ours and ratio; `--json FILE` appends a line that documents can cite.
+
+`--steps` asks the servers of `baselines/serving_steps.py` instead: what each step on the way from the one to the other has brought.
 """
 
 import argparse
@@ -22,6 +24,9 @@ import time
 import urllib.request
 from collections import defaultdict
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "baselines"))
+from serving_steps import REFERENCE, STEPS
 
 BIN = Path(sys.executable).parent
 PASSENGER = {
@@ -235,6 +240,44 @@ def servers(store: Path) -> dict[str, tuple[list[str], str, dict, dict[str, str]
 # --- the figures
 
 
+def measure_steps(store: Path, rounds: int, seconds: float, connections: int) -> list[dict]:
+    "Each step's medians; rounds alternate, so that a bad minute of the machine meets all."
+    if not shutil.which("wrk"):
+        raise SystemExit(
+            "wrk is not installed, and a client in Python would be slower than the last steps: apt-get install wrk"
+        )
+    known, file = servers(store), Path(__file__).parent / "baselines" / "serving_steps.py"
+    own = known["empty"][3]
+    kinds = {"mlflow": known["mlflow"], "titanic": known["ours"]}
+    for name in ("empty", *STEPS):
+        kinds.setdefault(name, ([sys.executable, str(file), name, "PORT"], "/v1/predict", PASSENGER, own))
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in ("empty", *STEPS)}
+    for number in range(rounds):
+        for name, said in found.items():
+            server = Server(name, *kinds[name])
+            try:
+                by_wrk(server, connections, 1)
+                before = server.cpu()
+                asked = by_wrk(server, connections, seconds)
+                asked["cpu"] = (server.cpu() - before) / (asked["rate"] * seconds) * 1e6
+                for key, value in {**asked, "first": server.first_answer}.items():
+                    said[key].append(value)
+            finally:
+                server.stop()
+            print(
+                f"round {number + 1}: {name:<12} {said['rate'][-1]:9.0f} requests/s",
+                file=sys.stderr,
+                flush=True,
+            )
+    words = {"empty": REFERENCE, **STEPS}
+    return [
+        {"step": name, "what": words[name], "requests/s": round(statistics.median(said["rate"]), 1)}
+        | {f"{key}, ms": round(statistics.median(said[key]), 3) for key in ("p50", "p99")}
+        | {"processor, us": round(statistics.median(said["cpu"]), 1), "first answer, s": round(statistics.median(said["first"]), 2)}
+        for name, said in found.items()
+    ]  # fmt: skip
+
+
 def measure(
     store: Path, rounds: int, seconds: float, connections: int, with_mlflow: bool
 ) -> dict[str, list[float]]:
@@ -276,6 +319,32 @@ LINES = (  # name, unit, baseline, ours, which way is good
 )
 
 
+def record(arguments: argparse.Namespace, said: dict) -> None:
+    "Append a line to the file of results, if one is named."
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        how = {
+            "at": int(time.time()),
+            "cpus": os.cpu_count(),
+            "load": os.getloadavg()[1],
+            "runs": arguments.runs,
+        }
+        with arguments.json.open("a") as file:
+            file.write(json.dumps(said | how | {"connections": arguments.connections}) + "\n")
+
+
+def tell_steps(arguments: argparse.Namespace, steps: list[dict]) -> None:
+    "Print the steps, each beside the one before."
+    print(f"median of {arguments.runs}, {arguments.connections} connections, one worker")
+    print(f"{'':<74} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'cpu us':>8}  times the one before")
+    before = None
+    for one in [*steps[1:], steps[0]]:
+        times = f"{one['requests/s'] / before:8.2f}x" if before and one is not steps[0] else ""
+        print(f"{one['what']:<74} {one['requests/s']:10,.0f} {one['p50, ms']:8.2f} {one['p99, ms']:8.2f} {one['processor, us']:8.0f} {times}")  # fmt: skip
+        before = one["requests/s"]
+    record(arguments, {"bench": "serving-steps", "steps": steps})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -286,6 +355,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="with a champion; it is copied. One is made without")
     parser.add_argument("--without-mlflow", action="store_true")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one line")
+    parser.add_argument("--steps", action="store_true", help="the story, step by step")
     parser.add_argument("--load", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -297,6 +367,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="titanic-bench-") as name:
         store = champion(Path(name), arguments.store)
+        if arguments.steps:
+            tell_steps(
+                arguments, measure_steps(store, arguments.runs, arguments.seconds, arguments.connections)
+            )
+            return
         found = measure(
             store, arguments.runs, arguments.seconds, arguments.connections, not arguments.without_mlflow
         )
@@ -311,12 +386,8 @@ def main() -> None:
         print(f"{what:<50} {median[baseline]:9.2f} {median[ours]:9.2f} {ratio:8.3f}x  {unit}{aim}")
         figures.append({"name": what, "unit": unit, "baseline": round(median[baseline], 3), "ours": round(median[ours], 3), "ratio": round(ratio, 4)})  # fmt: skip
     print("under full load: " + ", ".join(f"{n} p50 {median[f'{n} p50']:.2f} ms, p99 {median[f'{n} p99']:.2f} ms" for n in ("empty", "ours", "mlflow") if f"{n} p50" in median))  # fmt: skip
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.json.open("a") as file:
-            said = {"bench": "serving", "at": int(time.time()), "cpus": os.cpu_count(), "figures": figures}
-            said |= {"runs": arguments.runs, "connections": arguments.connections, "all": {k: [round(v, 3) for v in vs] for k, vs in found.items()}}  # fmt: skip
-            file.write(json.dumps(said) + "\n")
+    everything = {name: [round(value, 3) for value in values] for name, values in found.items()}
+    record(arguments, {"bench": "serving", "figures": figures, "all": everything})
 
 
 if __name__ == "__main__":
