@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkout import ROOT
+from checkout import BIN, ROOT, Checkout
 from test_ledger import weak_bundle
 
 from titanic_mlops.ground.settings import Settings, settings
@@ -427,3 +428,42 @@ def test_a_person_was_faster(own: Settings, trial: Any, monkeypatch: pytest.Monk
 
 def test_a_server_that_is_away_is_no_trouble(own: Settings, trial: Any):
     assert guard(own.model_copy(update={"guard_server": "http://127.0.0.1:9"})) == (None, [])
+
+
+# --- the drill
+
+
+@pytest.mark.long
+def test_the_short_drill(tmp_path: Path):
+    "From an empty store to a rollback: every stage is reached, and no request fails."
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TITANIC_STORE")}
+    done = subprocess.run(
+        [str(BIN / "titanic"), "drill", "--short", "--store", str(tmp_path / "store"), "--json"],
+        cwd=tmp_path, env=environment | {"NO_COLOR": "1"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    story = json.loads(done.stdout.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = [event["stage"] for event in story["events"] if event["stage"] != "watcher"]
+    wanted = [
+        "trained",
+        "calm",
+        "moved",
+        "detected",
+        "alerted",
+        "recovered",
+        "sabotage",
+        "rollback",
+        "restored",
+    ]
+    assert stages == wanted or stages == [s if s != "recovered" else "kept" for s in wanted], done.stdout
+    counts = story["counts"]
+    assert counts["failed"] == 0 and 0 < counts["harmed"] < counts["answered"] / 4, counts
+    assert counts["outcomes"] > 0.9 * counts["answered"]
+    page = (tmp_path / "drill.html").read_text()
+    assert "<svg" in page and "<script" not in page and "rollback" in page
+
+
+def test_a_drill_keeps_out_of_the_store_that_serves(fresh: Checkout):
+    done = fresh.titanic("drill", "--store", str(fresh.store))
+    assert done.returncode == 2 and "the store that serves" in done.stderr
+    assert fresh.titanic("drill", "--shift", "odler").returncode == 2

@@ -17,9 +17,10 @@ MODULES = {
     **dict.fromkeys(("fastpath", "http", "predict", "bulk", "app", "origins", "models", "server"), "serve"),
     **dict.fromkeys(("explain", "page", "security", "access", "protocols"), "serve"),
     **dict.fromkeys(("predictions", "segments", "record", "columns", "batch", "ray_app", "ray_batch"), "serve"),
-    **dict.fromkeys(("drift", "alerts", "monitor", "incident", "shifts"), "watch"),
+    **dict.fromkeys(("drift", "alerts", "monitor", "incident", "shifts", "rehearsal"), "watch"),
     **dict.fromkeys(("cli", "contract_commands", "gate_commands", "registry_commands", "document_commands"), "face"),
     **dict.fromkeys(("serve_commands", "key_commands", "score_commands", "watch_commands", "screen"), "face"),
+    **dict.fromkeys(("drill_commands",), "face"),
 }
 
 

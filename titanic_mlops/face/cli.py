@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from .screen import beside, console, escape, table
 
-from . import document_commands, registry_commands, score_commands, serve_commands
+from titanic_mlops.face import (
+    document_commands,
+    drill_commands,
+    registry_commands,
+    score_commands,
+    serve_commands,
+)
 from .contract_commands import contract_app
 from .gate_commands import gate_app
 from .key_commands import keys_app
@@ -470,4 +476,5 @@ for command in (
 app.add_typer(registry_commands.bundle, name="bundle")
 app.add_typer(document_commands.docs, name="docs")
 app.command()(watch_commands.watch)
+app.command()(drill_commands.drill)
 app.add_typer(watch_commands.alerts, name="alerts")
