@@ -6,11 +6,12 @@
 __all__ = ['console', 'POLICY', 'QUICK', 'SHORT', 'Player', 'Stage', 'move_the_world', 'follow_the_incident', 'end_well',
            'sabotage', 'rehearse', 'drill']
 
-# %% ../../nbs/07_face/10_drill.ipynb #98884d45
+# %% ../../nbs/07_face/10_drill.ipynb #9cc11a70
 import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,12 +109,12 @@ class Stage:
     players: list[Player]
     moved: float = 0.0  # seconds since 1970
 
-    def note(self, stage: str, says: str, at: float | None = None) -> None:
+    def note(self, stage: str, says: str, at: float | None = None, reached: bool = True) -> None:
         "Add to the story, and say it."
         from titanic_mlops.watch.rehearsal import Event
 
         at = (time.time() if at is None else at) - (self.moved or time.time())
-        self.story.events.append(Event(at=round(at, 1), stage=stage, says=says))
+        self.story.events.append(Event(at=round(at, 1), stage=stage, says=says, reached=reached))
         console.print(f"  [dim]{at:+7.1f} s[/]  [bold]{stage:11}[/] {escape(says[:300])}")
 
     def until(self, stage: str, holds: Callable[[], Any], seconds: float) -> Any:  # None: it did not come
@@ -127,7 +129,7 @@ class Stage:
                 return found
             time.sleep(0.1)
         self.story.missed.append(stage)
-        self.note(stage, f"NOT REACHED within {seconds:.0f} s")
+        self.note(stage, f"NOT REACHED within {seconds:.0f} s", reached=False)
         return None
 
     def first_answer(self, digest: str, after: float) -> float:  # seconds since 1970; 0: none yet
@@ -141,7 +143,8 @@ def _findings(stage: Stage) -> tuple[float, list[str]] | None:  # when, and what
     from titanic_mlops.watch.monitor import open_desk
 
     book = open_desk(stage.own).read()
-    new = [entry for entry in book.open.values() if entry.told_at >= stage.moved]
+    moved = [entry for entry in book.open.values() if entry.alert.name != "incident"]
+    new = [entry for entry in moved if entry.told_at >= stage.moved]
     if not new:
         return None
     return min(entry.told_at for entry in new), [entry.alert.summary for entry in new]
@@ -164,8 +167,9 @@ def move_the_world(stage: Stage, size: float) -> None:
     stage.note("moved", stage.shift.says(size), stage.moved)
     if found := stage.until("detected", lambda: _findings(stage), 90):
         stage.note("detected", "; ".join(found[1][:3]), found[0])
-    firing = lambda h: h.at >= stage.moved and h.genuine and h.said["firing"]
-    letter = lambda: next((h for h in stage.listener.heard[:] if firing(h)), None)
+    heard_since = lambda: [h for h in stage.listener.heard[:] if h.at >= stage.moved and h.genuine]
+    firing = lambda h: any(alert["name"] != "incident" for alert in h.said["firing"])
+    letter = lambda: next((h for h in heard_since() if firing(h)), None)
     if heard := stage.until("alerted", letter, 30):
         said = f"signed webhook received, signature verified: {heard.said['title']}"
         stage.note("alerted", said, heard.at)
@@ -194,6 +198,9 @@ def end_well(stage: Stage, incident: "Incident | None") -> None:
 
         digest = Registry(stage.own).version(incident.version).digest
         stage.story.models[digest] = f"version {incident.version}, retrained"
+        entry = next(e for e in reversed(_entries(stage)) if e.to_digest == digest)
+        moment = datetime.fromisoformat(entry.time).timestamp()
+        stage.note("gate", f"promoted by {entry.by}, entry {entry.number} of the ledger", moment)
         if at := stage.until("recovered", lambda: stage.first_answer(digest, stage.moved), 30):
             stage.note("recovered", f"version {incident.version} answers", at)
     elif stage.shift.remedy == "mend upstream":
@@ -312,13 +319,13 @@ def _theatre(own: Settings, shift: "Shift", rate: float, empty: bool) -> Iterato
                 "TITANIC_ALERT_WEBHOOK": listener.url,
                 "TITANIC_ALERT_SECRET": secret,
             }
-            server = _start("server", folder, told, "serve", "--no-auth", "--port", "0", "--every", "0.5")
-            players.append(server)
-            port = int(_saying(server, r"http://127\.0\.0\.1:(\d+)")[1])
+            port = _free_port()
             told["TITANIC_GUARD_SERVER"] = f"http://127.0.0.1:{port}"
-            watcher = _start("watcher", folder, told, "watch", "--act", "--every", "2", "--hours", "1")
-            players.append(watcher)
-            _saying(watcher, "answers in 1 h")
+            serve = ("serve", "--no-auth", "--port", str(port), "--every", "0.5")
+            watch = ("watch", "--act", "--every", "2", "--hours", "1")
+            players += [_start("server", folder, told, *serve), _start("watcher", folder, told, *watch)]
+            _saying(players[0], "serving titanic")
+            _saying(players[1], "answers in 1 h")
             story = Story(
                 shift=shift.name, moved="", remedy=shift.remedy, began=time.time(), rate=rate, empty=empty
             )
@@ -330,7 +337,13 @@ def _theatre(own: Settings, shift: "Shift", rate: float, empty: bool) -> Iterato
             player.end()
 
 
-def _saying(player: Player, pattern: str, seconds: float = 60) -> re.Match[str]:
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _saying(player: Player, pattern: str, seconds: float = 120) -> re.Match[str]:
     "Wait until a process says something. Raises `StepError`."
     end = time.monotonic() + seconds
     while time.monotonic() < end and player.process.poll() is None:
@@ -378,6 +391,7 @@ def rehearse(
             time.sleep(2)
     asked = stage.load.asked
     story.start, story.traffic = traffic(asked, story.models, stage.moved)
+    story.events.sort(key=lambda event: event.at)
     story.counts = _counts(stage)
     story.seconds = time.monotonic() - start
     return story
@@ -451,7 +465,7 @@ def _conclude(story: "Story", report: Path) -> None:
     for name, value in story.figures.items():
         console.print(f"  {name:40} {'not reached' if value is None else f'{value:g} s':>12}")
     for name, count in story.counts.items():
-        console.print(f"  {'requests ' + name:40} {count:>12,}")
+        console.print(f"  {name if name == 'outcomes' else 'requests ' + name:40} {count:>12,}")
     for stage in story.missed:
         console.print(f"[red]not reached[/]: {escape(stage)}")
     console.print(f"\nthe incident ended: [bold]{story.outcome or 'not at all'}[/]; the page: {report}")

@@ -245,6 +245,7 @@ class Event(BaseModel):
     at: float  # seconds since the world moved; before: negative
     stage: str  # such as `alert`
     says: str
+    reached: bool = True
 
 
 class Story(BaseModel):
@@ -267,7 +268,7 @@ class Story(BaseModel):
 
     def when(self, stage: str) -> float | None:
         "Seconds from the world's moving to a stage."
-        return next((event.at for event in self.events if event.stage == stage), None)
+        return next((event.at for event in self.events if event.stage == stage and event.reached), None)
 
     def between(self, first: str, then: str) -> float | None:
         "Seconds from one stage to another."
@@ -321,6 +322,25 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
     return {name: _COLOURS.get(name) or next(free) for name in names}
 
 
+def _marks(story: Story, step: float, width: int, height: int) -> list[str]:
+    "The stages as lines, and their numbers where there is room: `3-6` for several."
+    parts, groups = list[str](), list[list[float]]()  # of each: first number, last number, place
+    for number, event in enumerate(story.events, 1):
+        x = (event.at - story.start) * step
+        if not 0 <= x <= width:
+            continue
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height}" class="mark"/>')
+        if groups and x - groups[-1][2] < 24:
+            groups[-1][1] = number
+        else:
+            groups.append([number, number, x])
+    for first, last, x in groups:
+        said = f"{first}" if first == last else f"{first}-{last}"
+        end = ' text-anchor="end"' if x > width - 30 else ""
+        parts.append(f'<text x="{x + (-2 if end else 2):.1f}" y="11"{end}>{said}</text>')
+    return parts
+
+
 def _bars(story: Story, width: int = 960, height: int = 180) -> str:
     "Who answered in each second, with the stages as numbers above."
     if not story.traffic:
@@ -338,16 +358,8 @@ def _bars(story: Story, width: int = 960, height: int = 180) -> str:
                     f'<rect x="{i * step:.1f}" y="{base:.1f}" width="{step:.2f}" height="{tall:.1f}" '
                     f'fill="{colours[name]}"/>'
                 )
-    free = [0.0, 0.0]  # where each of two rows of numbers ends
-    for number, event in enumerate(story.events, 1):
-        x = (event.at - story.start) * step
-        if not 0 <= x <= width:
-            continue
-        row = 0 if x >= free[0] else 1
-        free[row] = x + 16
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{14 + 12 * row}" y2="{height}" class="mark"/>')
-        parts.append(f'<text x="{x + 2:.1f}" y="{11 + 12 * row}">{number}</text>')
-    ticks = range(-(-story.start // 10) * 10, story.start + length, 10)
+    parts += _marks(story, step, width, height)
+    ticks = range(-(-story.start // 10) * 10, story.start + length - 4, 10 if length < 200 else 20)
     parts += [
         f'<text x="{(t - story.start) * step:.1f}" y="{height + 14}" class="tick">{t} s</text>' for t in ticks
     ]
@@ -367,7 +379,10 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} .bad
 
 def _boxes(story: Story) -> str:
     said = [(name, "not reached" if v is None else f"{v:g} s") for name, v in story.figures.items()]
-    said += [(f"requests {name}", f"{count:,}") for name, count in story.counts.items()]
+    said += [
+        (name if name == "outcomes" else f"requests {name}", f"{count:,}")
+        for name, count in story.counts.items()
+    ]
     return "".join(f"<div><b>{value}</b>{escape(name)}</div>" for name, value in said)
 
 
