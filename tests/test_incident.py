@@ -235,67 +235,81 @@ def test_a_challenger_is_not_promoted(own: Settings, tmp_path: Path):
 
 
 def test_of_two_watchers_one_acts(own: Settings, tmp_path: Path):
-    runs = Runs(tmp_path, promote=False)
+    runs, other = Runs(tmp_path, promote=False), Runs(tmp_path)
     runs.gate.clear()
     first = threading.Thread(target=respond, args=(own, [OLDER], "d", runs))
     first.start()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not runs.asked and time.monotonic() < end:
         time.sleep(0.05)
-    other = subprocess.run(
-        [sys.executable, "-c", KILLED, str(own.store), "", str(ROOT / "tests")],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert other.stdout.split() == ["ready", "None"], other.stdout + other.stderr
+    assert respond(own, [OLDER], "d", other) is None
     runs.gate.set()
-    first.join(30)
-    assert len(runs.asked) == 1 and len(Casebook(own).read().incidents) == 1
+    first.join(60)
+    assert len(runs.asked) == 1 and not other.asked and len(Casebook(own).read().incidents) == 1
+
+
+def test_a_run_that_outlives_its_watcher_keeps_others_from_starting(own: Settings):
+    "The process that trains inherits the lock."
+    with Casebook(own).mine() as lock:
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
+    with Casebook(own).mine() as lock:
+        assert lock is None
+    orphan.kill()
+    orphan.wait()
+    with Casebook(own).mine() as lock:
+        assert lock is not None
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[2])
+import mlflow  # once for all of them
 import titanic_mlops.watch.incident as module
 from test_incident import OLDER, Runs, own_of
 
-point, count = sys.argv[2], 0
-keep = module.Casebook.keep
+place, keep, count = Path(sys.argv[1]), module.Casebook.keep, 0
 
-def kept(self, incident):
-    global count
-    if point == f"before {count}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    keep(self, incident)
-    if point == f"after {count}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    count += 1
 
-module.Casebook.keep = kept
-print("ready", flush=True)
-runs = Runs(Path(sys.argv[1]) / "killed", promote=False)
-print(getattr(module.respond(own_of(Path(sys.argv[1])), [OLDER], "d", runs), "outcome", None))
+def act(point):
+    "Be killed before or after so many changes of the book."
+    def kept(self, incident):
+        global count
+        if point == f"before {count}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        keep(self, incident)
+        if point == f"after {count}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    module.Casebook.keep = kept
+    module.respond(own_of(place), [OLDER], "d", Runs(place / "killed", promote=False))
+
+
+for point in sys.argv[3:]:
+    child = os.fork()
+    if not child:
+        act(point)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.mark.long
-def test_a_watcher_that_is_killed_anywhere_goes_on(own: Settings, tmp_path: Path):
-    "Six moments, one after the other in the same store: one incident, one letter, one key."
+def test_a_watcher_that_is_killed_anywhere_goes_on(own: Settings):
+    "Five moments, one after the other in the same store: one incident, one letter, one key."
     from titanic_mlops.watch.monitor import open_desk
 
     (own.store / "killed").mkdir(exist_ok=True)
-    for point in ("after 0", "before 0", "after 0", "before 1", "before 0", "after 0"):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(own.store), point, str(ROOT / "tests")],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert done.returncode == -signal.SIGKILL, (point, done.stdout, done.stderr)
-    runs = Runs(own.store / "killed", promote=False)
-    respond(own, [OLDER], "d", runs)
+    moments = ["after 0", "before 0", "after 1", "before 1", "after 0"]
+    command = [sys.executable, "-c", KILLED, str(own.store), str(ROOT / "tests"), *moments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    codes = [int(code) for code in done.stdout.split()]
+    assert len(codes) == len(moments) and codes.count(-signal.SIGKILL) >= 3, done.stdout + done.stderr
+    respond(own, [OLDER], "d", Runs(own.store / "killed", promote=False))
     book = Casebook(own).read()
     assert [(one.stage, one.told) for one in book.incidents] == [("ended", True)], book
-    assert len(runs.asked) <= 1
-    letters = [letter for letter in open_desk(own).read().outbox if letter.channel == "log"]
+    letters = open_desk(own).read().outbox
     assert len({letter.key for letter in letters}) == len(letters) <= 1
 
 

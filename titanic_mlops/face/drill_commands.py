@@ -54,7 +54,7 @@ SHORT = "model=logistic cv.folds=3 cv.repeats=1 cv.inner=0"
 def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", *arguments]
 
-
+# %% ../../nbs/07_face/11_drill.ipynb #6d01cf43
 @dataclass
 class Player:
     "A process that takes part."
@@ -229,7 +229,7 @@ def _force_in_a_contrary(own: Settings) -> "Entry":  # of the ledger
     reason = "a drill: this model says the opposite, and the gate was not asked"
     return registry.promote(version, champion, "", reason, by="saboteur", override=True)
 
-
+# %% ../../nbs/07_face/11_drill.ipynb #b2fe6ece
 def sabotage(stage: Stage) -> None:
     "Until the watcher has taken it back, and the old champion answers."
     forced = _force_in_a_contrary(stage.own)
@@ -300,6 +300,23 @@ def _end_on_sigterm() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
 
+# %% ../../nbs/07_face/11_drill.ipynb #b7ff621e
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _saying(player: Player, pattern: str, seconds: float = 120) -> re.Match[str]:
+    "Wait until a process says something. Raises `StepError`."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and player.process.poll() is None:
+        if found := re.search(pattern, player.said):
+            return found
+        time.sleep(0.1)
+    what = f"the {player.name} did not start"
+    raise StepError(what, where=str(player.log), rule=player.said.strip()[-400:])
+
 
 @contextmanager
 def _theatre(own: Settings, shift: "Shift", rate: float, empty: bool) -> Iterator[Stage]:
@@ -333,23 +350,6 @@ def _theatre(own: Settings, shift: "Shift", rate: float, empty: bool) -> Iterato
     finally:
         for player in reversed(players):
             player.end()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def _saying(player: Player, pattern: str, seconds: float = 120) -> re.Match[str]:
-    "Wait until a process says something. Raises `StepError`."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and player.process.poll() is None:
-        if found := re.search(pattern, player.said):
-            return found
-        time.sleep(0.1)
-    what = f"the {player.name} did not start"
-    raise StepError(what, where=str(player.log), rule=player.said.strip()[-400:])
 
 # %% ../../nbs/07_face/11_drill.ipynb #7490ea0d
 def rehearse(
@@ -394,7 +394,7 @@ def rehearse(
     story.seconds = time.monotonic() - start
     return story
 
-
+# %% ../../nbs/07_face/11_drill.ipynb #6e97347b
 def _counts(stage: Stage) -> dict[str, int]:
     asked, called = stage.load.asked, stage.story.models
     return {
@@ -422,7 +422,7 @@ def _own_store(store: Path | None) -> tuple[Settings, bool]:  # and whether it i
     told = dict.fromkeys(("alert_webhook", "alert_slack", "alert_email", "alert_alertmanager"), "")
     return settings(**mine, **told, **POLICY), store is None
 
-
+# %% ../../nbs/07_face/11_drill.ipynb #419ea00f
 def drill(
     shift: Annotated[
         str, typer.Option(help="how the world moves: older, poorer, ports, labels, pence, broken-column")

@@ -100,7 +100,28 @@ class Asked:
     def refused(self) -> bool:
         return 400 <= self.status < 500
 
+# %% ../../nbs/06_watch/07_rehearsal.ipynb #fafa3a35
+class _Line:
+    "A connection, and what is sent over it."
 
+    def __init__(self, port: int):
+        self._line = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+
+    def post(
+        self, path: str, body: Any
+    ) -> tuple[int, dict[str, Any], str]:  # status (0: no answer), body, digest
+        try:
+            self._line.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+            answer = self._line.getresponse()
+            return answer.status, json.loads(answer.read()), answer.headers.get("x-bundle-digest", "")
+        except (OSError, http.client.HTTPException, ValueError):
+            self.close()
+            return 0, {}, ""
+
+    def close(self) -> None:
+        self._line.close()
+
+# %% ../../nbs/06_watch/07_rehearsal.ipynb #415cc0ba
 class Load:
     "Those who ask."
 
@@ -123,47 +144,28 @@ class Load:
         for thread in self._threads:
             thread.join(10)
 
-    def _send(self, line: http.client.HTTPConnection, path: str, body: Any) -> http.client.HTTPResponse:
-        line.request("POST", path, json.dumps(body), {"content-type": "application/json"})
-        return line.getresponse()
-
     def _ask(self, lines: int) -> None:
         due = time.monotonic() + np.random.default_rng().random() * lines / self.rate
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)) as line:
+        with closing(_Line(self.port)) as line:
             while not self._over.wait(max(0.0, due - time.monotonic())):
                 due += lines / self.rate
-                self._one(line)
-
-    def _one(self, line: http.client.HTTPConnection) -> None:
-        passenger, lived = self.world.someone()
-        began, start = time.time(), time.perf_counter()
-        try:
-            answer = self._send(line, "/v1/predict", passenger)
-            said = json.loads(answer.read())
-        except (OSError, http.client.HTTPException, ValueError):
-            line.close()
-            self.asked.append(Asked(began, 0, time.perf_counter() - start))
-            return
-        digest = answer.headers.get("x-bundle-digest", "")
-        self.asked.append(Asked(began, answer.status, time.perf_counter() - start, digest))
-        if answer.status == 200:
-            self._due.append((time.monotonic() + self.delay, said["request_id"], lived))
+                passenger, lived = self.world.someone()
+                began, start = time.time(), time.perf_counter()
+                status, said, digest = line.post("/v1/predict", passenger)
+                self.asked.append(Asked(began, status, time.perf_counter() - start, digest))
+                if status == 200:
+                    self._due.append((time.monotonic() + self.delay, said["request_id"], lived))
 
     def _post(self, _: int) -> None:
         "Say what became of those whose time has come."
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)) as line:
+        with closing(_Line(self.port)) as line:
             while not self._over.wait(0.25):
                 known = []
                 while self._due and self._due[0][0] <= time.monotonic():
                     _, request_id, lived = self._due.popleft()
                     known.append({"request_id": request_id, "survived": lived})
                 if known:
-                    try:
-                        answer = self._send(line, "/v1/outcomes", known)
-                        self.outcomes += len(known) * (answer.status == 200)
-                        answer.read()
-                    except (OSError, http.client.HTTPException):
-                        line.close()
+                    self.outcomes += len(known) * (line.post("/v1/outcomes", known)[0] == 200)
 
 # %% ../../nbs/06_watch/07_rehearsal.ipynb #a6d86aee
 @dataclass(frozen=True)
