@@ -184,3 +184,70 @@ def test_of_two_watchers_one_is_told(tmp_path: Path):
     memory = Memory(tmp_path / "watch")
     with memory.mine(), pytest.raises(AlertError, match="another watcher"):
         look(tmp_path / "predictions", Memory(tmp_path / "watch"), known(), now=START)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A store whose passengers pay in pence."
+    from explained import make_bundle
+    from watching import answered
+    from watching import passengers as some
+
+    store = tmp_path_factory.mktemp("moved")
+    make_bundle(store / "made" / "bundle")
+    answered(store, store / "made" / "bundle", some(300, fare=240.0), wrong=False)
+    return store
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, store: Path, *arguments: str):
+    "`titanic watch` in this process."
+    from typer.testing import CliRunner
+
+    from titanic_mlops.face.cli import app
+
+    monkeypatch.setenv("TITANIC_STORE", str(store))
+    return CliRunner().invoke(app, ["watch", *arguments])
+
+
+@pytest.mark.long
+def test_a_look_is_drawn_and_recorded(moved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import mlflow
+
+    page = tmp_path / "drift.html"
+    done = watched(monkeypatch, moved, "--report", str(page), "--record")
+    assert done.exit_code == 1, done.output
+    text = page.read_text()
+    assert "Moved: fare" in text and "<script" not in text and text.count("<svg") >= 2
+    assert "://" not in text.replace("http://www.w3.org", "")
+    client = mlflow.MlflowClient(f"sqlite:///{moved / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("titanic").experiment_id
+    [run] = client.search_runs([experiment])
+    assert run.info.status == "FINISHED" and run.data.tags["titanic.job"] == "watch"
+    assert "drift:fare" in run.data.tags["titanic.alerts"] and run.data.params["hours"] == "24"
+    assert run.data.metrics["rows"] == 300 and run.data.metrics["size.fare.ks"] > 1
+    assert run.data.metrics["outcomes"] == 300 and "performance.log_loss" in run.data.metrics
+    kept = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert kept == {"latest.json", "latest.html"}
+
+
+@pytest.mark.long
+def test_a_tracking_server_that_is_away_is_said(moved: Path, monkeypatch: pytest.MonkeyPatch):
+    from titanic_mlops.face import watch_commands
+
+    class Away:
+        def __init__(self, own) -> None:
+            raise ConnectionError("nobody is there")
+
+    class Enough(Exception):
+        pass
+
+    def stop(seconds: float) -> None:
+        raise Enough
+
+    monkeypatch.setattr("titanic_mlops.flow.records.MlflowBooks", Away)
+    once = watched(monkeypatch, moved, "--record")
+    assert isinstance(once.exception, ConnectionError), "a scheduler must know"
+    monkeypatch.setattr(watch_commands.time, "sleep", stop)
+    again = watched(monkeypatch, moved, "--record", "--every", "60")
+    assert isinstance(again.exception, Enough), "it went on to wait for the next look"
+    assert "not kept" in again.output and "nobody is there" in again.output

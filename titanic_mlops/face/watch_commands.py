@@ -9,6 +9,7 @@ __all__ = ['console', 'alerts', 'watch', 'list_alerts', 'seconds_of', 'silence',
 import threading
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,10 +18,12 @@ from rich.markup import escape
 
 from ..ground.errors import AlertError, ParameterError, TitanicError
 from ..ground.settings import Settings, settings
+from ..ground.store import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from titanic_mlops.flow.records import Books
     from titanic_mlops.watch.alerts import Alert, Delivery
     from titanic_mlops.watch.monitor import Look
 
@@ -110,6 +113,48 @@ class _Acting:
             self._thread.join()
             deliver(open_desk(self.own))
 
+# %% ../../nbs/07_face/09_watch.ipynb #ac7ab011
+class _Keeping:
+    "Keeps looks: as a page, as a run."
+
+    def __init__(self, own: Settings, report: Path | None, record: bool):
+        self.own, self._report, self._record = own, report, record
+        self._books: Books | None = None
+
+    def _page(self, seen: "Look", alerts: "list[Alert]") -> None:
+        from titanic_mlops.watch.report import evidence, render_look
+
+        page = render_look(seen, *evidence(self.own, seen), alerts)
+        for file in filter(None, (self._report, self.own.store / "watch" / "latest.html")):
+            write_atomic(file, page)
+
+    def _run(self, seen: "Look", alerts: "list[Alert]") -> None:
+        from titanic_mlops.flow.records import MlflowBooks
+        from titanic_mlops.watch.report import metrics_of
+
+        books = self._books = self._books or MlflowBooks(self.own)
+        told = {"titanic.alerts": ", ".join(alert.key for alert in alerts), "titanic.read": seen.told}
+        run_id = books.create("watch", {"titanic.job": "watch", "bundle_digest": seen.bundle} | told)
+        window = {"since": seen.since, "hours": seen.hours, "outcome_hours": seen.outcome_hours}
+        try:
+            books.log(run_id, window, metrics_of(seen))
+            for name in ("latest.json", "latest.html"):
+                books.keep(run_id, self.own.store / "watch" / name)
+        except BaseException:
+            books.end(run_id, "FAILED")
+            raise
+        books.end(run_id)
+        console.print(f"[dim]recorded as run {run_id}[/]")
+
+    def step(self, seen: "Look", alerts: "list[Alert]") -> None:
+        "Keep a look. Raises what the page or the tracking server raises."
+        if self._report or self._record:
+            self._page(seen, alerts)
+        if self._report:
+            console.print(f"[dim]what was seen: {escape(str(self._report))}[/]")
+        if self._record:
+            self._run(seen, alerts)
+
 # %% ../../nbs/07_face/09_watch.ipynb #411c8953
 def watch(
     hours: Annotated[int, typer.Option(help="length of the window", min=1, max=24 * 366)] = 24,
@@ -120,6 +165,10 @@ def watch(
     act: Annotated[
         bool, typer.Option("--act/--no-act", help="follow incident_policy, and take back a new champion")
     ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="write what was seen as a page (HTML)", show_default=False)
+    ] = None,
+    record: Annotated[bool, typer.Option("--record", help="make each look a run in MLflow")] = False,
 ) -> None:
     """Has the world moved, and is the model still as good?
 
@@ -128,7 +177,7 @@ def watch(
     from titanic_mlops.watch.monitor import watch_once
 
     own = settings()
-    acting = _Acting(own)
+    acting, keeping = _Acting(own), _Keeping(own, report, record)
     while True:
         try:
             seen, alerts, sent = watch_once(own, hours, outcome_hours)
@@ -138,6 +187,13 @@ def watch(
             console.print(f"[yellow]{error.what}[/]")
         else:
             _show(seen, alerts, sent)
+            try:
+                keeping.step(seen, alerts)
+            except Exception as error:
+                if not every:
+                    raise
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                console.print(f"[yellow]not kept[/]  {escape(why)}")
             if act:
                 acting.step(alerts, seen.bundle)
             if not every:
