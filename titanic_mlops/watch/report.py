@@ -99,6 +99,12 @@ def spread_of(
 _UNITS = {"age": "age, years", "fare": "fare, pounds", "probability": "probability of survival"}
 
 
+def _apart(spread: Spread) -> list[float]:
+    "Where the slots stand that stand apart, far enough for their names."
+    inside = len(spread.reference) - len(spread.apart)
+    return [inside - 0.5 + max(1.0, inside / 6) * (place + 0.7) for place in range(len(spread.apart))]
+
+
 def _label(axes: Any, spread: Spread) -> None:
     "Name the slots below the axis."
     inside = len(spread.reference) - len(spread.apart)
@@ -108,8 +114,7 @@ def _label(axes: Any, spread: Spread) -> None:
         every = 1 if inside <= 8 else 2
         ends = list(enumerate(spread.edges))[::every]
         places, names = [place - 0.5 for place, _ in ends], [f"{end:g}" for _, end in ends]
-    places += [inside + 0.6 + place for place in range(len(spread.apart))]
-    axes.set_xticks(places, names + list(spread.apart), fontsize=8.5)
+    axes.set_xticks(places + _apart(spread), names + list(spread.apart), fontsize=8.5)
     axes.set_xlabel(_UNITS.get(spread.column, spread.column))
 
 
@@ -118,7 +123,7 @@ def plot_spread(spread: Spread) -> Plot:
     from matplotlib import rc_context
 
     inside = len(spread.reference) - len(spread.apart)
-    places = np.array([*range(inside), *(inside + 0.6 + place for place in range(len(spread.apart)))])
+    places = np.array([*range(inside), *_apart(spread)])
     most = max(zip(spread.window, spread.reference, strict=True), key=lambda pair: abs(pair[0] - pair[1]))
     with rc_context(STYLE):
         figure = Plot(figsize=(4.6, 2.5), dpi=110, layout="constrained")
