@@ -102,7 +102,7 @@ _UNITS = {"age": "age, years", "fare": "fare, pounds", "probability": "probabili
 def _apart(spread: Spread) -> list[float]:
     "Where the slots stand that stand apart, far enough for their names."
     inside = len(spread.reference) - len(spread.apart)
-    return [inside - 0.5 + max(1.0, inside / 6) * (place + 0.7) for place in range(len(spread.apart))]
+    return [inside - 0.5 + max(1.0, inside / 6) * (place + 0.95) for place in range(len(spread.apart))]
 
 
 def _label(axes: Any, spread: Spread) -> None:
