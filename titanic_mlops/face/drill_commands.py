@@ -163,12 +163,12 @@ def move_the_world(stage: Stage, size: float) -> None:
         event.at = round(event.at + stage.story.began - stage.moved, 1)
     stage.world.move(stage.shift, size)
     stage.note("moved", stage.shift.says(size), stage.moved)
-    if found := stage.until("detected", lambda: _findings(stage), 90):
+    if found := stage.until("detected", lambda: _findings(stage), 180):
         stage.note("detected", "; ".join(found[1][:3]), found[0])
     heard_since = lambda: [h for h in stage.listener.heard[:] if h.at >= stage.moved and h.genuine]
     firing = lambda h: any(alert["name"] != "incident" for alert in h.said["firing"])
     letter = lambda: next((h for h in heard_since() if firing(h)), None)
-    if heard := stage.until("alerted", letter, 30):
+    if heard := stage.until("alerted", letter, 60):
         said = f"signed webhook received, signature verified: {heard.said['title']}"
         stage.note("alerted", said, heard.at)
 
@@ -382,7 +382,7 @@ def rehearse(
             "calm", f"version {number} answers {rate:g} requests a second, the watcher looks every two"
         )
         move_the_world(stage, shift.large)
-        end_well(stage, incident := follow_the_incident(stage, 300))
+        end_well(stage, incident := follow_the_incident(stage, 600))
         if incident is not None:  # no training is under way
             time.sleep(2)
             sabotage(stage)
