@@ -251,3 +251,19 @@ def test_a_tracking_server_that_is_away_is_said(moved: Path, monkeypatch: pytest
     again = watched(monkeypatch, moved, "--record", "--every", "60")
     assert isinstance(again.exception, Enough), "it went on to wait for the next look"
     assert "not kept" in again.output and "nobody is there" in again.output
+
+
+@pytest.mark.long
+def test_the_step_notebook_draws_what_moved(moved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import json
+
+    import papermill
+
+    monkeypatch.setenv("TITANIC_STORE", str(moved))
+    notebook = Path(__file__).parent.parent / "nbs" / "pipeline" / "08_watch.ipynb"
+    out = tmp_path / "out.ipynb"
+    papermill.execute_notebook(notebook, out, {"hours": 48}, kernel_name="python3", progress_bar=False)
+    cells = json.loads(out.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert "300 answers in 48 h" in str(outputs) and "critical: fare" in str(outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
