@@ -458,18 +458,9 @@ def test_the_short_drill(tmp_path: Path):
     story = json.loads(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout + done.stderr
     stages = [event["stage"] for event in story["events"] if event["stage"] != "watcher"]
-    wanted = [
-        "trained",
-        "calm",
-        "moved",
-        "detected",
-        "alerted",
-        "recovered",
-        "sabotage",
-        "rollback",
-        "restored",
-    ]
-    assert stages == wanted or stages == [s if s != "recovered" else "kept" for s in wanted], done.stdout
+    end = {"promoted": ["gate", "recovered"], "kept": ["kept"]}[story["outcome"]]
+    wanted = ["trained", "calm", "moved", "detected", "alerted", *end, "sabotage", "rollback", "restored"]
+    assert stages == wanted, done.stdout
     counts = story["counts"]
     assert counts["failed"] == 0 and 0 < counts["harmed"] < counts["answered"] / 4, counts
     assert counts["outcomes"] > 0.9 * counts["answered"]
