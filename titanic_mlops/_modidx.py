@@ -4116,6 +4116,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'titanic_mlops/watch/rehearsal.py'),
                                                'titanic_mlops.watch.rehearsal._marks': ( '06_watch/rehearsal.html#_marks',
                                                                                          'titanic_mlops/watch/rehearsal.py'),
+                                               'titanic_mlops.watch.rehearsal._ticket': ( '06_watch/rehearsal.html#_ticket',
+                                                                                          'titanic_mlops/watch/rehearsal.py'),
                                                'titanic_mlops.watch.rehearsal._tickets': ( '06_watch/rehearsal.html#_tickets',
                                                                                            'titanic_mlops/watch/rehearsal.py'),
                                                'titanic_mlops.watch.rehearsal.contrary': ( '06_watch/rehearsal.html#contrary',

@@ -128,7 +128,7 @@ def held_back(
         return "the policy is to report only"
     if book.open:
         return f"incident {book.open.id} is under way"
-    ends = [one.ended for one in book.incidents if one.ended and one.outcome != "passed"]
+    ends = [one.ended for one in book.incidents if one.ended and one.outcome not in ("passed", "rolled back")]
     if ends and now < max(ends) + policy.cooldown:
         return f"cooldown for another {max(ends) + policy.cooldown - now:.0f} s"
     spent = [one for one in book.incidents if one.attempts and one.opened > now - WEEK]
