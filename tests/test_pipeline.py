@@ -322,7 +322,7 @@ def prepared(finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_step_notebooks_give_what_they_store(prepared: Path, tmp_path: Path):
-    assert len(STEPS) == 7
+    assert len(STEPS) == 8
     folder = tmp_path / "pipeline"
     shutil.copytree(ROOT / "nbs" / "pipeline", folder)
     done = replay(folder, prepared)
