@@ -455,7 +455,7 @@ def test_the_short_drill(tmp_path: Path):
         [str(BIN / "titanic"), "drill", "--short", "--store", str(tmp_path / "store"), "--json"],
         cwd=tmp_path, env=environment | {"NO_COLOR": "1"}, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
-    story = json.loads(done.stdout.strip().splitlines()[-1])
+    story = json.loads(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = [event["stage"] for event in story["events"] if event["stage"] != "watcher"]
     end = {"promoted": ["gate", "recovered"], "kept": ["kept"]}[story["outcome"]]

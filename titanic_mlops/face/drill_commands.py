@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -433,7 +433,7 @@ def drill(
     short: Annotated[bool, typer.Option("--short", help="fewer folds, for tests")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="keep the store that the drill has made")] = False,
     report: Annotated[Path, typer.Option(help="the page with the timeline")] = Path("drill.html"),
-    as_json: Annotated[bool, typer.Option("--json", help="print the story as JSON, at the end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the story as JSON, alone on stdout")] = False,
 ) -> None:
     "Rehearse an incident: drift, alert, retraining, swap, sabotage, rollback; with real processes, offline."
     import shutil
@@ -444,11 +444,14 @@ def drill(
 
     moves = shift_of(shift)
     own, mine = _own_store(store)
-    console().print(f"drill: [bold]{moves.name}[/], {moves.says(moves.large)}  [dim]in {own.store}[/]")
     try:
-        story = rehearse(own, moves, short)
-        write_atomic(report, page(story))
-        _conclude(story, report)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # a program reads stdout
+            console().print(
+                f"drill: [bold]{moves.name}[/], {moves.says(moves.large)}  [dim]in {own.store}[/]"
+            )
+            story = rehearse(own, moves, short)
+            write_atomic(report, page(story))
+            _conclude(story, report)
     finally:
         if mine and not keep:
             shutil.rmtree(own.store, ignore_errors=True)
