@@ -3821,6 +3821,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'titanic_mlops.watch.drift._psi': ('06_watch/drift.html#_psi', 'titanic_mlops/watch/drift.py'),
                                            'titanic_mlops.watch.drift._raw_tests': ( '06_watch/drift.html#_raw_tests',
                                                                                      'titanic_mlops/watch/drift.py'),
+                                           'titanic_mlops.watch.drift._readable': ( '06_watch/drift.html#_readable',
+                                                                                    'titanic_mlops/watch/drift.py'),
                                            'titanic_mlops.watch.drift._share_moved': ( '06_watch/drift.html#_share_moved',
                                                                                        'titanic_mlops/watch/drift.py'),
                                            'titanic_mlops.watch.drift._tenths': ( '06_watch/drift.html#_tenths',

@@ -374,6 +374,13 @@ def holm(
 _UNITS = {"age": " years", "fare": " pounds"}
 
 
+def _readable(value: float) -> str:
+    "Three digits that count, without an exponent: 28, 0.382, 8,030."
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return np.format_float_positional(value, precision=3, fractional=False, trim="-")
+
+
 def _test_number(reference: Reference, window: Sketch, name: str) -> tuple[float, float, str]:
     "p-value, PSI and words of a numeric column."
     a, b, grid = window.counts[name], reference.sketch.counts[name], reference.grid[name]
@@ -381,10 +388,8 @@ def _test_number(reference: Reference, window: Sketch, name: str) -> tuple[float
         return 1.0, 0.0, ""
     psi = _psi(_tenths(b, a), _tenths(b, b))
     shift = _wasserstein(grid, window, reference.sketch, name)
-    before, now = _median(grid, b), _median(grid, a)
-    said = (
-        f"median {before:g} -> {now:g}{_UNITS.get(name, '')}, moved by {shift:.3g} on average, PSI {psi:.2f}"
-    )
+    before, now, by = map(_readable, (_median(grid, b), _median(grid, a), shift))
+    said = f"median {before} -> {now}{_UNITS.get(name, '')}, moved by {by} on average, PSI {psi:.2f}"
     return _ks(a, b)[1], psi, said
 
 
@@ -395,7 +400,7 @@ def _test_words(reference: Reference, window: Sketch, name: str) -> tuple[float,
         return 1.0, 0.0, ""
     moved, p, q = _share_moved(a, b), a / a.sum(), b / b.sum()
     most = int(np.abs(p - q).argmax())
-    said = f"{reference.words[name][most]} {q[most]:.0%} -> {p[most]:.0%}, {moved:.0%} of rows moved"
+    said = f"{reference.words[name][most]!r} {q[most]:.0%} -> {p[most]:.0%}, {moved:.0%} of rows moved"
     return _chi_square(a, b), moved, said
 
 # %% ../../nbs/06_watch/01_drift.ipynb #1fac57e2
