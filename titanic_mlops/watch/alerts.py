@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Severity', 'PATIENCE', 'Alert', 'Open', 'Notice', 'Letter', 'Silence', 'Book', 'take_note', 'Undelivered', 'Channel',
-           'signature', 'Webhook', 'as_lines', 'Slack', 'Email', 'Alertmanager', 'LogChannel', 'channels_of', 'Desk',
-           'Delivery', 'deliver', 'dead_letters', 'retry']
+           'signature', 'Webhook', 'as_lines', 'Slack', 'Email', 'Alertmanager', 'LogChannel', 'channels_of',
+           'Bookkeeper', 'Desk', 'Delivery', 'deliver', 'dead_letters', 'retry']
 
 # %% ../../nbs/06_watch/02_alerts.ipynb #9ffa546c
 import base64
@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
@@ -400,34 +400,40 @@ def channels_of(
         found.append(Alertmanager(settings.alert_alertmanager))
     return {channel.name: channel for channel in found}
 
-# %% ../../nbs/06_watch/02_alerts.ipynb #d0f22417
-class Desk:
-    "The book of a store, and the sending of its letters."
+# %% ../../nbs/06_watch/02_alerts.ipynb #d0f22416
+_Kept = TypeVar("_Kept", bound=BaseModel)
+
+
+class Bookkeeper(Generic[_Kept]):
+    "A folder with a book: one JSON file that all read, one at a time changes, and that is replaced whole."
+
+    kind: type[_Kept]  # made without arguments, a book in which nothing is written yet
+    title: str  # such as `book of alerts`
+    lost: str  # what a book that is put aside costs
 
     def __init__(
         self,
-        folder: Path,  # such as `<store>/alerts`; is made
-        channels: Mapping[str, Channel],
+        folder: Path,  # is made
     ):
-        self.folder, self.channels = Path(folder), channels
+        self.folder = Path(folder)
         self.file = self.folder / "book.json"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self) -> Book:
+    def read(self) -> _Kept:
         "The book. Raises `AlertError` if it can't be read."
         if not self.file.exists():
-            return Book()
+            return self.kind()
         try:
-            return Book.model_validate_json(self.file.read_bytes())
+            return self.kind.model_validate_json(self.file.read_bytes())
         except ValidationError as error:
             raise AlertError(
-                f"the book of alerts can't be read: {error.errors()[0]['msg']}",
+                f"the {self.title} can't be read: {error.errors()[0]['msg']}",
                 where=str(self.file),
-                do="put it aside; alerts that are still there will be told again",
+                do=f"put it aside; {self.lost}",
             ) from None
 
     @contextmanager
-    def change(self) -> Iterator[Book]:
+    def change(self) -> Iterator[_Kept]:
         "The book, to be changed; written whole when the block ends without an error."
         from filelock import FileLock
 
@@ -435,6 +441,20 @@ class Desk:
             book = self.read()
             yield book
             write_atomic(self.file, book.model_dump_json(indent=1) + "\n")
+
+# %% ../../nbs/06_watch/02_alerts.ipynb #d0f22417
+class Desk(Bookkeeper[Book]):
+    "The book of a store, and the sending of its letters."
+
+    kind, title, lost = Book, "book of alerts", "alerts that are still there will be told again"
+
+    def __init__(
+        self,
+        folder: Path,  # such as `<store>/alerts`; is made
+        channels: Mapping[str, Channel],
+    ):
+        super().__init__(folder)
+        self.channels = channels
 
     def note(
         self,

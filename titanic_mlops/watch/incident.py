@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..data.contract import columns, feature_columns
 from ..data.quality import Verdict, judge
 from ..data.sources import EMBEDDED, canonical, read, snapshot
-from ..ground.errors import AlertError, ContractError, RegistryError, TitanicError
+from ..ground.errors import ContractError, RegistryError, TitanicError
 from ..ground.settings import Settings
 from ..ground.store import Artifacts, write_atomic
 from ..model.bundle import Bundle
@@ -41,7 +41,7 @@ from ..serve.fastpath import FastModel
 from ..serve.models import surely_above
 from ..serve.predictions import prediction_folder
 from ..serve.record import ANSWERS, OUTCOMES, joined
-from .alerts import Alert, Desk
+from .alerts import Alert, Bookkeeper, Desk
 from .monitor import open_desk
 
 if TYPE_CHECKING:
@@ -137,40 +137,23 @@ def held_back(
     return ""
 
 # %% ../../nbs/06_watch/05_incident.ipynb #fa29e6dd
-class Casebook:
+class Casebook(Bookkeeper[Incidents]):
     "The incidents of a store."
 
-    def __init__(self, own: Settings):
-        self.folder = own.store / "watch" / "incidents"
-        self.file = self.folder / "book.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
+    kind, title, lost = Incidents, "book of incidents", "then a cooldown that is running is forgotten"
 
-    def read(self) -> Incidents:
-        "The book. Raises `AlertError` if it can't be read."
-        if not self.file.exists():
-            return Incidents()
-        try:
-            return Incidents.model_validate_json(self.file.read_bytes())
-        except ValidationError as error:
-            raise AlertError(
-                f"the book of incidents can't be read: {error.errors()[0]['msg']}",
-                where=str(self.file),
-                do="put it aside; then a cooldown that is running is forgotten",
-            ) from None
+    def __init__(self, own: Settings):
+        super().__init__(own.store / "watch" / "incidents")
 
     def keep(self, incident: Incident) -> None:
-        "Write an incident down."
-        from filelock import FileLock
-
-        with FileLock(self.folder / ".book.lock"):
-            book = self.read()
+        "Write an incident down. Raises `AlertError` if the book can't be read."
+        with self.change() as book:
             others = [one for one in book.incidents if one.id != incident.id]
             book.incidents = sorted([*others, incident], key=lambda one: one.opened)
-            write_atomic(self.file, book.model_dump_json(indent=1) + "\n")
 
     @contextmanager
     def mine(self, name: str = "acting") -> Iterator[IO[str] | None]:  # None: somebody else is at it
-        "Hold the lock, if it is free."
+        "Hold the lock, if it is free. It is plain `flock`, which a child process can inherit; a `FileLock` is not."
         with open(self.folder / f".{name}", "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
