@@ -141,8 +141,7 @@ def _findings(stage: Stage) -> tuple[float, list[str]] | None:  # when, and what
     from titanic_mlops.watch.monitor import open_desk
 
     book = open_desk(stage.own).read()
-    moved = [entry for entry in book.open.values() if entry.alert.name != "incident"]
-    new = [entry for entry in moved if entry.told_at >= stage.moved]
+    new = [entry for entry in book.open.values() if entry.told_at >= stage.moved]
     if not new:
         return None
     return min(entry.told_at for entry in new), [entry.alert.summary for entry in new]

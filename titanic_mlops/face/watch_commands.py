@@ -297,10 +297,8 @@ def test() -> None:
     trial = Alert(
         name="test", subject=moment, severity="info", summary="a test of the channels", since=moment
     )
-    desk.note([trial], ["test"])
+    desk.tell(trial)
     sent = deliver(desk)
-    with desk.change() as book:  # it is not open, and its end is no news
-        book.open.pop(trial.key, None)
     console().print(f"channels: {', '.join(desk.channels)}; {sent.sent} letters sent")
     for error in sent.errors:
         console().print(f"[red]{escape(error)}[/]")

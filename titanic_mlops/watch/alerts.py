@@ -473,6 +473,18 @@ class Desk(Bookkeeper[Book]):
                 ]
         return notice
 
+    def tell(self, news: Alert) -> None:
+        "Tell of something that is over when it is told: it does not open. The same news has the same keys each time."
+        now, said = time.time(), news.model_dump_json()
+        with self.change() as book:
+            if _silenced(book, news.key, now):
+                return
+            waiting, notice = {letter.key for letter in book.outbox}, Notice(fires=[news], made=now)
+            for name in self.channels:
+                key = hashlib.blake2b(f"{name} {said}".encode(), digest_size=16).hexdigest()
+                if key not in waiting:
+                    book.outbox.append(Letter(key=key, channel=name, notice=notice, due=now))
+
     def silence(self, pattern: str, seconds: float, by: str, reason: str) -> None:
         "Tell nobody of alerts whose key fits, for a while."
         with self.change() as book:

@@ -41,7 +41,7 @@ from ..serve.fastpath import FastModel
 from ..serve.models import surely_above
 from ..serve.predictions import prediction_folder
 from ..serve.record import ANSWERS, OUTCOMES, joined
-from .alerts import Alert, Bookkeeper, Desk
+from .alerts import Alert, Bookkeeper
 from .monitor import open_desk
 
 if TYPE_CHECKING:
@@ -431,7 +431,7 @@ _BAD = ("refused", "failed", "rolled back")
 
 
 def _tell(own: Settings, casebook: Casebook, incident: Incident) -> None:
-    "Enter the end of an incident at the desk, once."
+    "Have the desk tell the end of an incident, unless it has."
     if incident.told or incident.stage != "ended" or incident.outcome == "passed":
         return
     since = datetime.fromtimestamp(incident.opened, UTC).isoformat(timespec="seconds")
@@ -444,18 +444,9 @@ def _tell(own: Settings, casebook: Casebook, incident: Incident) -> None:
         link=str(casebook.file),
         next="titanic history",
     )
-    desk = open_desk(own)
-    desk.note([alert], [])
+    open_desk(own).tell(alert)
     incident.told = True
     casebook.keep(incident)
-    _put_away(desk, alert)
-
-
-def _put_away(desk: Desk, alert: Alert) -> None:
-    "It is news, and no trouble that goes on; its end is none."
-    if alert.key in desk.read().open:
-        with desk.change() as book:
-            book.open.pop(alert.key, None)
 
 # %% ../../nbs/06_watch/05_incident.ipynb #cd30361b
 FIRST_LOOK = 30  # outcomes
