@@ -49,8 +49,9 @@ def content_policy(
 def page(
     file: str = "page.html",
 ) -> tuple[bytes, dict[str, str]]:
-    "A page's bytes and headers."
-    html = (_FOLDER / file).read_bytes()
+    "A page's bytes, with the style that all pages share, and its headers."
+    shared = (_FOLDER / "pages.css").read_bytes()
+    html = (_FOLDER / file).read_bytes().replace(b"/* pages.css */\n", shared)
     headers = {
         "content-security-policy": content_policy(html),
         "cache-control": "no-cache",  # ask whether it still holds
@@ -62,8 +63,8 @@ def page(
 
 def answer_page(
     request: fastapi.Request,
-    file: str,
-) -> Response:
+    file: str,  # of this folder
+) -> Response:  # 200 with the page; 304 without, if the browser's is the same
     "A page, or that it still holds."
     html, headers = page(file)
     if request.headers.get("if-none-match") == headers["etag"]:
