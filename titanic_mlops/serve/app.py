@@ -50,7 +50,7 @@ from .predict import Predict, Prediction
 from .predictions import open_prediction_log, outcomes_router
 from .protocols import inference_router, mlflow_router
 from .security import OpenGuard
-from .status import status_router, trouble_of
+from .status import readiness, status_router
 from .watched import Watched, measure_watch
 
 # %% ../../nbs/05_serve/08_app.ipynb #4f9fb965
@@ -66,8 +66,7 @@ def health_router(state: State) -> fastapi.APIRouter:
     @router.get("/readyz", responses={503: {"description": "There is no model, or the worker is leaving"}})
     async def readyz() -> Response:
         "There is a model, and which."
-        said = {**state.models.state()}
-        said["degraded"] = [*said.get("degraded", []), *trouble_of(state)]
+        said = readiness(state)
         return Response(json.dumps(said), 200 if said["ready"] else 503, media_type="application/json")
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

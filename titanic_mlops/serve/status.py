@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'SHOWN', 'Level', 'Counts', 'count_all', 'quantile', 'Answers', 'Traffic', 'traffic_of', 'Lately', 'History',
-           'Reason', 'Expected', 'reasons_of', 'Status', 'trouble_of', 'status_of', 'status_router']
+           'Reason', 'Expected', 'reasons_of', 'Status', 'readiness', 'status_of', 'status_router']
 
 # %% ../../nbs/05_serve/22_status.ipynb #129e124b
 import asyncio
@@ -130,7 +130,12 @@ def traffic_of(counts: Counts) -> Traffic:
 class Lately:
     "The counts at the last looks, to compare with."
 
-    def __init__(self, registry: Any, span: float = 30.0, room: float = 900.0):
+    def __init__(
+        self,
+        registry: Any,  # Prometheus': of this worker
+        span: float = 30.0,  # seconds to the moment that is compared with
+        room: float = 900.0,  # seconds after which a moment is too old for that
+    ):
         self._registry, self._span, self._room = registry, span, room
         self._kept: deque[Counts] = deque()
         self.start = count_all(registry)
@@ -260,7 +265,7 @@ def _of_alerts(seen: Sight) -> Iterable[Reason]:
 
 
 def reasons_of(
-    model: Mapping[str, Any],  # as `/readyz` has it
+    model: Mapping[str, Any],  # as `readiness` says it
     lately: Traffic,
     seen: Sight,
     expected: Expected = Expected(),
@@ -277,7 +282,7 @@ class Status(BaseModel):
     level: Level
     reasons: list[Reason]  # worst first
     time: float  # seconds since 1970
-    model: dict[str, Any]  # as `/readyz` has it
+    model: dict[str, Any]  # as `readiness` says it
     history: list[dict[str, Any]]  # entries of the ledger, newest first
     no_history: str  # why there is none
     lately: Traffic
@@ -285,17 +290,17 @@ class Status(BaseModel):
     watch: Sight
 
 
-def trouble_of(state: State) -> list[str]:
-    "What keeps a server from keeping its record or reading its keys."
+def readiness(state: State) -> dict[str, Any]:  # plain JSON
+    "What `/readyz` says: the models' state, and under `degraded` also a record or keys that are in trouble."
+    said = state.models.state()
     found = {"record": getattr(state.log, "failing", ""), "keys": getattr(state.guard, "trouble", "")}
-    return [f"{name}: {why}" for name, why in found.items() if why]
+    trouble = [f"{name}: {why}" for name, why in found.items() if why]
+    return {**said, "degraded": [*said.get("degraded", []), *trouble]}
 
 
 def status_of(state: State, recent: Lately, watched: Watched, history: History) -> Status:
     "Look at everything."
-    model = {**state.models.state()}
-    model["degraded"] = [*model.get("degraded", []), *trouble_of(state)]
-    lately, in_all = recent.look()
+    model, (lately, in_all) = readiness(state), recent.look()
     seen, (entries, why) = sight(watched), history.look()
     reasons = reasons_of(model, lately, seen)
     level = reasons[0].level if reasons and reasons[0].level != "info" else "well"
