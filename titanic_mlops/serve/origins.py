@@ -399,7 +399,7 @@ from registered_model_aliases a join model_versions v on v.name = a.name and v.v
 where a.name = ? and a.alias = ?
 """
 _VERSION = "select source from model_versions where name = ? and version = ?"
-_LEDGER = "select value from registered_model_tags where name = ? and key = 'ledger'"
+_LEDGER = "select value from registered_model_tags where name = ? and key = 'ledger'"  # `LEDGER_TAG`
 
 
 class Tables:
@@ -422,8 +422,13 @@ class Tables:
         self._seen: tuple[str, Offer] | None = None
 
     def _ask(self, query: str, *values: Any) -> tuple[Any, ...] | None:
-        with closing(sqlite3.connect(f"{self._file.as_uri()}?mode=ro", uri=True, timeout=1)) as database:
-            return database.execute(query, values).fetchone()
+        try:
+            with closing(sqlite3.connect(f"{self._file.as_uri()}?mode=ro", uri=True, timeout=1)) as database:
+                return database.execute(query, values).fetchone()
+        except sqlite3.Error as error:
+            raise RegistryError(
+                f"the registry's tables can't be read: {error}", where=str(self._file)
+            ) from None
 
     def _nothing(self) -> RegistryError:
         return RegistryError(
@@ -444,16 +449,11 @@ class StoreOrigin(Tables):
     def look(self) -> Offer:
         if not self._file.is_file():
             raise self._nothing()
-        try:
-            name = self.ledger_name() if self.alias == "champion" else ""
-            return self._by_ledger(name) if name else self._by_alias()
-        except sqlite3.Error as error:
-            raise RegistryError(
-                f"the registry's tables can't be read: {error}", where=str(self._file)
-            ) from None
+        name = self.ledger_name() if self.alias == "champion" else ""
+        return self._by_ledger(name) if name else self._by_alias()
 
     def ledger_name(self) -> str:  # empty: there is none
-        "The name of the model's ledger."
+        "The name of the model's ledger. Raises `RegistryError` if the tables can't be read."
         found = self._ask(_LEDGER, self._settings.mlflow_model) if self._file.is_file() else None
         return found[0] if found else ""
 
