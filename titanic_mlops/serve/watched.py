@@ -105,26 +105,30 @@ class Watched:
     ):
         self.latest, self.book = Path(store) / "watch" / "latest.json", Path(store) / "alerts" / "book.json"
         self.dead, self.stale = Path(store) / "alerts" / "dead", stale
-        self._read: dict[Path, tuple[Any, Any, str]] = {}  # file -> its mark, what it says, trouble
+        self._known: dict[Path, tuple[Any, Any]] = {}  # file -> its mark, what it says
 
     @classmethod
     def of(cls, own: Settings) -> "Watched":
         "Of the store that the settings name."
         return cls(own.store, own.watch_stale_seconds)
 
-    def _of(self, file: Path, kind: type[BaseModel]) -> tuple[Any, str]:  # None: it is not there; trouble
+    def read(
+        self,
+        file: Path,  # `latest` or `book`
+        kind: type[BaseModel],
+    ) -> tuple[Any, str]:  # what it says, None if it is not there; why it can't be read, or nothing
+        "What a file says, read anew if it has changed. Raises nothing."
         try:
             facts = file.stat()
             mark = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
-            known = self._read.get(file)
-            if known is None or known[0] != mark:
-                self._read[file] = known = (mark, kind.model_validate_json(file.read_bytes()), "")
+            if file not in self._known or self._known[file][0] != mark:
+                self._known[file] = mark, kind.model_validate_json(file.read_bytes())
+            return self._known[file][1], ""
         except FileNotFoundError:
             return None, ""
         except (OSError, ValidationError) as error:
             why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
             return None, f"{file.parent.name}/{file.name} can't be read: {why}"
-        return known[1], known[2]
 
 # %% ../../nbs/05_serve/21_watched.ipynb #34d4e47a
 class Sight(BaseModel):
@@ -149,8 +153,8 @@ def sight(
 ) -> Sight:
     "What the watcher's files say. Raises nothing: what can't be read is said under `trouble`."
     now = time.time() if now is None else now
-    look, first = watched._of(watched.latest, LookSeen)
-    book, second = watched._of(watched.book, _Book)
+    look, first = watched.read(watched.latest, LookSeen)
+    book, second = watched.read(watched.book, _Book)
     age = None if look is None else max(0.0, now - look.looked)
     try:
         refused = sum(file.suffix == ".json" for file in watched.dead.iterdir())
