@@ -142,7 +142,9 @@ class Heads:
 class Server(Leaving):
     "uvicorn, with better manners when it is told to leave, and less patience with who does not say what he wants."
 
-    heads: Heads
+    def __init__(self, *given: Any, heads: Heads):
+        super().__init__(*given)
+        self._heads = heads
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -153,7 +155,7 @@ class Server(Leaving):
         if self._left is not None and time.monotonic() - self._left >= self._linger:
             self.should_exit = True
         if counter % 10 == 0:  # once a second
-            self.heads.look(self.server_state.connections, time.monotonic())
+            self._heads.look(self.server_state.connections, time.monotonic())
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -214,9 +216,7 @@ def server_of(
         timeout_graceful_shutdown=int(grace),
         backlog=2048,
     )
-    server = Server(config, listener, models, linger, ready, signals)
-    server.heads = Heads(head)
-    return server
+    return Server(config, listener, models, linger, ready, signals, heads=Heads(head))
 
 # %% ../../nbs/05_serve/10_server.ipynb #e0fbc265
 class Member:
