@@ -370,7 +370,7 @@ def _carry_out(self: Registry, entry: Entry) -> None:
 
 # %% ../../nbs/03_model/05_registry.ipynb #76df4b59
 @patch
-def _move(self: Registry, after: Entry | None, version: Version, **facts: Any) -> Entry:
+def _move(self: Registry, after: Entry | None, version: Version, by: str = "", **facts: Any) -> Entry:
     "Write an entry, and carry it out. The bundle is fetched and verified before."
     lineage = self.fetch(version).lineage
     ledger = self.ledger()
@@ -385,6 +385,7 @@ def _move(self: Registry, after: Entry | None, version: Version, **facts: Any) -
         code_sha256=lineage.code_sha256,
         git_commit=lineage.git_commit,
         run_id=version.run_id,
+        by=by or self.settings.actor or account(),
         **facts,
     )
     self._carry_out(entry)
@@ -407,8 +408,7 @@ def settle(self: Registry) -> str:  # what was mended, in words; empty: nothing 
         if champion is None:
             return ""
         reason = "it was champion before there was a ledger"
-        who = self.settings.actor or account()
-        self._move(None, champion, action="adopt", by=who, verdict="", gate_version="", reason=reason)
+        self._move(None, champion, action="adopt", verdict="", gate_version="", reason=reason)
         return f"version {champion.number} is entered into the ledger: {reason}"
     last, carried = entries[-1], self._carried()
     stands = (champion.number, champion.tags.get(ENTRY_TAG)) if champion else None
@@ -442,7 +442,7 @@ def promote(
     against: Version | None,  # the champion that the gate has compared with; None: there was none
     verdict: str,  # the gate's word
     reason: str,
-    by: str = "",  # who answers for it; empty: the account
+    by: str = "",  # who answers for it; empty: the settings' `actor`, or else the account
     gate_version: str = "",
     override: bool = False,  # against or without the gate's decision
 ) -> Entry:
@@ -474,7 +474,7 @@ def promote(
     if override:
         require_reason(reason, 10)
     facts = {"verdict": verdict, "gate_version": gate_version, "reason": reason, "override": override}
-    return self._move(last, version, action="promote", by=by or self.settings.actor or account(), **facts)
+    return self._move(last, version, action="promote", by=by, **facts)
 
 # %% ../../nbs/03_model/05_registry.ipynb #68c5b553
 @patch
@@ -482,7 +482,7 @@ def rollback(
     self: Registry,
     to: int | None = None,  # number of a version that was champion; None: the one before
     reason: str = "no reason given",
-    by: str = "",  # who answers for it; empty: the account
+    by: str = "",  # who answers for it; empty: the settings' `actor`, or else the account
 ) -> Entry:
     "Make an earlier champion the champion again, on record. Raises `RegistryError` if it never was one."
     require_reason(reason)
@@ -505,9 +505,7 @@ def rollback(
         )
     target = self.version(found[-1].to_version)
     facts = {"verdict": "", "gate_version": "", "reason": reason}
-    return self._move(
-        entries[-1], target, action="rollback", by=by or self.settings.actor or account(), **facts
-    )
+    return self._move(entries[-1], target, action="rollback", by=by, **facts)
 
 # %% ../../nbs/03_model/05_registry.ipynb #19116ed0
 @patch
