@@ -77,22 +77,27 @@ def _first(
     return np.minimum(found, ends)
 
 # %% ../../nbs/05_serve/11_columns.ipynb #a7cfa207
+@dataclass(frozen=True)
 class _Words:
-    "The eight bytes of each text that follow its first comma, as a number."
+    "The eight bytes of each text that follow its first comma."
 
-    def __init__(self, names: "pa.Array"):  # of strings, none missing
+    words: np.ndarray  # the eight bytes as a number, uint64, shape (n,)
+    begins: np.ndarray  # where they begin, shape (n,)
+    ends: np.ndarray  # where the text ends, shape (n,)
+
+    @classmethod
+    def of(cls, names: "pa.Array") -> "_Words":  # of strings, none missing
         edges, content = _texts(names)
-        self.begins, self.ends = _first(content, edges[:-1], edges[1:], _COMMA) + 1, edges[1:]
+        begins = _first(content, edges[:-1], edges[1:], _COMMA) + 1
         windows = np.ndarray(max(len(content) - 7, 0), "<u8", content, strides=(1,))
-        inside = np.searchsorted(self.begins, len(windows))  # the last texts may have fewer bytes
-        self.words = np.zeros(len(names), np.uint64)
-        self.words[:inside] = windows[self.begins[:inside]]
+        inside = np.searchsorted(begins, len(windows))  # the last texts may have fewer bytes
+        words = np.zeros(len(names), np.uint64)
+        words[:inside] = windows[begins[:inside]]
+        return cls(words, begins, edges[1:])
 
     def take(self, rows: np.ndarray) -> "_Words":
         "Those of some texts."
-        some = object.__new__(_Words)
-        some.words, some.begins, some.ends = self.words[rows], self.begins[rows], self.ends[rows]
-        return some
+        return _Words(self.words[rows], self.begins[rows], self.ends[rows])
 
     def pieces(
         self,
@@ -114,7 +119,8 @@ class _Titles:
     def __init__(self) -> None:
         self.known: list[str] = []  # a title's number is its place
         self.names: list[str] = []  # a name that has it
-        # by the first five bytes: the piece, which bytes are its own, how many, and the title's number
+        # by the first five bytes: the piece, which bytes are its own, how many, and the title's number;
+        # a piece of 1 under a mask of 0 fits nothing
         self._pieces, self._masks = np.ones(1024, np.uint64), np.zeros(1024, np.uint64)
         self._sizes, self._codes = np.zeros(1024, np.int64), np.zeros(1024, np.int32)
 
@@ -126,7 +132,7 @@ class _Titles:
         return self.known.index(found)
 
     def __call__(self, names: "pa.Array") -> np.ndarray:  # place in `known`, int32
-        words = _Words(names)
+        words = _Words.of(names)
         slots = (((words.words << np.uint64(24)) * _ODD) >> np.uint64(54)).view(np.int64)
         codes = self._codes[slots]
         known = (words.words & self._masks[slots]) == self._pieces[slots]
