@@ -1,6 +1,7 @@
 """A server process and a real browser in front of it, for the tests of pages."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,36 @@ class Seen:
         page.on("request", lambda request: self.asked.append(request.url))
         page.on("console", lambda message: self.said.append(message.text))
         page.on("pageerror", lambda error: self.said.append(str(error)))
+
+
+@contextlib.contextmanager
+def visits(
+    browser, path: str, there: Callable[[Any], object], height: int = 900
+) -> Iterator[Callable[..., tuple[Any, Seen]]]:
+    "Gives `visit(address, width=360)`, which opens a page until `there(page)` returns; all are closed at the end."
+    with contextlib.ExitStack() as opened:
+
+        def visit(address: str, width: int = 1280, height: int = height, answered: bool = True, **options):
+            context = browser.new_context(viewport={"width": width, "height": height}, **options)
+            opened.callback(context.close)
+            page = context.new_page()
+            page.set_default_timeout(20_000)
+            seen = Seen(page)
+            page.goto(address + path)
+            if answered:
+                there(page)
+            return page, seen
+
+        yield visit
+
+
+def asked(address: str, path: str, body: dict) -> dict:
+    "The server's own answer, without a browser."
+    request = urllib.request.Request(
+        address + path, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)
 
 
 def until(page, script: str, argument: object = None) -> None:

@@ -1,14 +1,13 @@
 """The page, in a real browser against a real server: on a desk and on a phone, with a pointer and by keyboard alone."""
 
 import contextlib
-import json
 import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import CONTRAST, Seen, server, until
+from browsing import CONTRAST, asked, server, until, visits
 
 pytestmark = pytest.mark.long
 KEY = "a-key-of-this-test"
@@ -34,37 +33,18 @@ def address(folder: Path) -> Iterator[str]:
 @pytest.fixture
 def visit(browser):
     "Open the page: `visit(address, width=360)` gives it with what it asks for and says."
-    opened = []
 
-    def open_page(address: str, width: int = 1280, height: int = 900, answered: bool = True, **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        opened.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        seen = Seen(page)
-        page.goto(address)
-        if answered:
-            until(page, "document.querySelector('#probability').textContent !== '–'")
-            page.wait_for_selector("#company li")
-        return page, seen
+    def there(page) -> None:
+        until(page, "document.querySelector('#probability').textContent !== '–'")
+        page.wait_for_selector("#company li")
 
-    yield open_page
-    for context in opened:
-        context.close()
+    with visits(browser, "", there) as visit:
+        yield visit
 
 
 def shown(page) -> str:
     "The probability on the page."
     return page.text_content("#probability")
-
-
-def asked(address: str, path: str, body: dict) -> dict:
-    "The server's own answer."
-    request = urllib.request.Request(
-        address + path, json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
 
 
 DOE = {"name": "Doe, Mr. John", "sex": "male", "pclass": 3, "age": 29, "sibsp": 0, "parch": 0}

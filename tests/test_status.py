@@ -1,13 +1,12 @@
 """The operators' page, in a real browser, in front of what a real watcher has left: nobody looked, all well, drift, no reference, a watcher that stopped."""
 
 import json
-import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from browsing import CONTRAST, Seen, server, until
+from browsing import CONTRAST, asked, server, until, visits
 from guarded import DEAN, serving
 from watching import answered, look, passengers, promoted
 
@@ -37,31 +36,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 @pytest.fixture
 def visit(browser):
     "Open the status page: `visit(address, width=360)` gives it with what it asks for and says."
-    opened = []
-
-    def open_page(address: str, width: int = 1280, height: int = 1000, answered: bool = True, **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        opened.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        seen = Seen(page)
-        page.goto(f"{address}/status")
-        if answered:
-            page.wait_for_selector("#all:not([hidden])")
-        return page, seen
-
-    yield open_page
-    for context in opened:
-        context.close()
-
-
-def ask(address: str, passenger: dict) -> dict:
-    "One answer of the server."
-    request = urllib.request.Request(
-        f"{address}/v1/predict", json.dumps(passenger).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
+    there = lambda page: page.wait_for_selector("#all:not([hidden])")
+    with visits(browser, "/status", there, height=1000) as visit:
+        yield visit
 
 
 def verdict(page) -> str:
@@ -95,7 +72,7 @@ def test_nobody_has_looked(bundles: dict[bool, Path], tmp_path: Path, visit):
         )
         assert "no ledger" in page.inner_text("#no-history") and "version 7" in page.inner_text("#model")
         for _ in range(20):
-            ask(address, DEAN)
+            asked(address, "/v1/predict", DEAN)
         until(page, "document.querySelector('#routes').innerText.includes('/v1/predict')")
         assert page.inner_text("#routes tr td:nth-child(2)") == "20", "its own questions are not counted"
         assert not seen.said and all(url.startswith((address, "data:")) for url in seen.asked)
