@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..model.evaluate import BINS, Estimate
+from ..model.gate import log_losses
 from .drift import Finding, Rules, Sketch, holm
 
 if TYPE_CHECKING:
@@ -51,10 +52,9 @@ def judged(
     return chance[kept], survived.astype(float), {name: int(mask.sum()) for name, mask in counts.items()}
 
 # %% ../../nbs/06_watch/04_performance.ipynb #5e620e40
-_EDGE = 1e-15  # as in `evaluate`
 _Z = 1.959964  # 95 %
 _LOSSES = {
-    "log_loss": lambda p, y: -np.log(np.clip(np.where(y, p, 1 - p), _EDGE, 1)),
+    "log_loss": lambda p, y: log_losses(y, p),
     "accuracy": lambda p, y: ((p > 0.5) == y).astype(float),
     "brier": lambda p, y: (p - y) ** 2,
 }
