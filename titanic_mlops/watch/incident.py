@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REFUSED', 'WATCHER', 'Outcome', 'UNLEARNABLE', 'WEEK', 'Run', 'FIRST_LOOK', 'FALSE_ALARMS', 'RECENT', 'Incident',
            'Incidents', 'Policy', 'causes_of', 'held_back', 'Casebook', 'known_outcomes', 'Training', 'joined_rows',
-           'judged', 'run_titanic', 'overrides_of', 'respond', 'Trial', 'on_trial', 'looks', 'rise_of_loss', 'Counts',
-           'counts_of', 'Health', 'refusals', 'ask_server', 'check_health', 'wrongness', 'guard']
+           'judge_records', 'run_titanic', 'overrides_of', 'respond', 'Trial', 'on_trial', 'looks', 'rise_of_loss',
+           'Counts', 'counts_of', 'Health', 'refusals', 'ask_server', 'check_health', 'wrongness', 'guard']
 
 # %% ../../nbs/06_watch/05_incident.ipynb #afc4702c
 import fcntl
@@ -225,7 +225,7 @@ def joined_rows(
     return Training(canonical(both[fresh]), int(fresh[len(base) :].sum()))
 
 
-def judged(
+def judge_records(
     records: "pd.DataFrame",  # canonical rows with outcomes
     most: float = 0.05,  # share that may be set aside
 ) -> Verdict:
@@ -301,7 +301,7 @@ def respond(
     run: Run = run_titanic,
     now: Callable[[], float] = time.time,
 ) -> Incident | None:
-    "Do what the policy says. Takes as long as a retraining."
+    "Do what the policy says, and return the incident; None if nothing was to do, or another watcher is at it. Takes as long as a retraining. Raises `AlertError` for a damaged book, `RegistryError` if the registry is away."
     casebook, policy = Casebook(own), Policy.of(own)
     with casebook.mine() as lock:
         if lock is None:
@@ -365,7 +365,7 @@ def _prepare(
         if training.added < policy.rows:
             incident.note(f"waits for outcomes: fewer than {policy.rows} are new", now())
             return casebook.keep(incident)
-        judged(records)
+        judge_records(records)
     except ContractError as error:
         said = f"the data gate refuses the new records: {error.what} ({error.rule}); {error.do}"
         return _end(casebook, incident, "refused", said, now)
@@ -680,7 +680,7 @@ def guard(
     own: Settings,
     now: Callable[[], float] = time.time,
 ) -> tuple[Incident | None, list[Alert]]:  # what was taken back, and what is wrong with the requests
-    "Look after a new champion. None if all is well, or another watcher is at it."
+    "Look after a new champion; None if all is well, or another watcher is at it. Raises `RegistryError` if the registry is away."
     from titanic_mlops.model.registry import Registry
 
     casebook = Casebook(own)
