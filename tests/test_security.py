@@ -1,5 +1,6 @@
 """Who may ask, against a real server: keys and tokens that are wrong in every way, limits, and what a stranger may try with headers and paths."""
 
+import hashlib
 import json
 import threading
 import time
@@ -473,6 +474,20 @@ def test_keys_of_an_issuer_that_goes_away_are_good_for_a_day(tmp_path: Path, pro
     file.write_text(json.dumps({"keys": provider.keys}))
     keys._looked -= KeySet.AGAIN
     assert ask() == "token:molly" and not guard.trouble
+
+
+def test_keys_that_come_while_a_token_is_looked_at(tmp_path: Path, provider: Provider):
+    (file := tmp_path / "jwks.json").write_text(json.dumps({"keys": provider.keys}))
+    issuer = Issuer(provider.issuer, "titanic", str(file))
+    token, now = provider.token().encode(), time.monotonic()
+    digest = hashlib.sha256(token).digest()
+    arrived, issuer.key_set.keys = issuer.key_set.keys, {}
+    assert issuer.known(digest, now) is None
+    issuer.key_set.keys = arrived
+    found = issuer.verify(token, digest, now)
+    assert issuer.known(digest, now) is found  # what the new keys verified stays with them
+    issuer.key_set.keys = dict(arrived)
+    assert issuer.known(digest, now) is None
 
 
 def test_keys_that_may_not_sign(provider: Provider):

@@ -302,6 +302,13 @@ def _scopes_of(said: Mapping[str, Any]) -> frozenset[str]:
     words = given.split() if isinstance(given, str) else given if isinstance(given, list) else ()
     return frozenset(word for word in words if word in SCOPES)
 
+
+def _principal_of(said: Mapping[str, Any], leeway: float) -> Principal:
+    "Whom a token speaks for whose signature holds. Raises `ValueError` for a subject that can't be one."
+    if not 0 < len(said["sub"]) <= 200:
+        raise ValueError("no subject, or a long one")
+    return Principal(f"token:{said['sub']}", said["sub"], _scopes_of(said), float(said["exp"]) + leeway)
+
 # %% ../../nbs/05_serve/03_security.ipynb #8ad8e48b
 class KeySet:
     "An issuer's public keys, fetched aside and kept."
@@ -379,9 +386,7 @@ class Issuer:
     def known(self, digest: bytes, now: float) -> Principal | None:
         "Whom a token speaks for that was verified already; `now` is in monotonic seconds."
         self.key_set.look(now, KeySet.STALE)  # those who come every second must not keep old keys alive
-        if self._seen_with is not self.key_set.keys:
-            self._seen, self._seen_with = {}, self.key_set.keys
-        found = self._seen.get(digest)
+        found = self._memory(self.key_set.keys).get(digest)
         return found if found is not None and time.time() < found.expires else None
 
     def verify(
@@ -391,33 +396,35 @@ class Issuer:
         now: float,  # monotonic seconds
     ) -> Principal:
         "Whom a token speaks for. Raises whatever is wrong with it, or `_Later`."
-        seen, found = self._seen, self._verified(token, now)
+        import jwt
+
+        kid, keys = self._key(jwt.get_unverified_header(token), now)
+        algorithm, key = keys[kid]  # KeyError: it names one that the issuer does not have
+        required = {"require": ["exp", "nbf", "iss", "aud", "sub"]}
+        who = {"audience": self.audience, "issuer": self.issuer, "leeway": self.leeway}
+        said = jwt.decode(token, key, algorithms=[algorithm], options=required, **who)
+        found = _principal_of(said, self.leeway)
+        seen = self._memory(keys)  # of the keys that verified it, though others came meanwhile
         if len(seen) >= self.REMEMBERED:
             seen.pop(next(iter(seen)))
         seen[digest] = found
         return found
 
-    def _verified(self, token: bytes, now: float) -> Principal:
-        import jwt
+    def _memory(self, keys: Mapping[str, Any]) -> dict[bytes, Principal]:
+        "The tokens that these keys verified: with other keys it begins anew."
+        if self._seen_with is not keys:
+            self._seen, self._seen_with = {}, keys
+        return self._seen
 
-        algorithm, key = self._key(jwt.get_unverified_header(token), now)
-        required = {"require": ["exp", "nbf", "iss", "aud", "sub"]}
-        who = {"audience": self.audience, "issuer": self.issuer, "leeway": self.leeway}
-        said = jwt.decode(token, key, algorithms=[algorithm], options=required, **who)
-        if not 0 < len(said["sub"]) <= 200:
-            raise ValueError("no subject, or a long one")
-        ends = float(said["exp"]) + self.leeway
-        return Principal(f"token:{said['sub']}", said["sub"], _scopes_of(said), ends)
-
-    def _key(self, header: Mapping[str, Any], now: float) -> tuple[str, Any]:
-        "The key that a token's header names, and its algorithm."
+    def _key(self, header: Mapping[str, Any], now: float) -> tuple[str, Mapping[str, Any]]:
+        "The name of the key that a token's header asks for, and the keys among which it is."
         keys = self.key_set.keys
         kid = header.get("kid", next(iter(keys)) if len(keys) == 1 else "")
         if kid not in keys:
             if self.key_set.look(now, KeySet.AGAIN if keys else KeySet.AGAIN / 6) or not self.key_set.keys:
                 raise _Later
             keys = self.key_set.keys
-        return keys[kid]
+        return kid, keys
 
 # %% ../../nbs/05_serve/03_security.ipynb #2f26b622
 Headers = Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]  # names in lower case
