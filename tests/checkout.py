@@ -42,6 +42,18 @@ class Checkout:
             check=False,
         )
 
+    def python(self, code: str, timeout: float = 500) -> subprocess.CompletedProcess:
+        "Python code in a process of its own, to its end."
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
     def start(self, *arguments: str) -> subprocess.Popen:
         "`titanic arguments`, in the background and in a session of its own."
         return subprocess.Popen(

@@ -197,7 +197,7 @@ def _fail(error: BaseException, debug: bool) -> int:  # the exit code
         f"{type(error).__name__}: {error}\n  this is a defect of titanic_mlops: run again with --debug and report it",
         file=sys.stderr,
     )
-    return 1
+    return 70  # EX_SOFTWARE: 1 is an answer, such as that something moved
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -407,14 +407,29 @@ def config(
 
 # %% ../../nbs/07_face/01_cli.ipynb #d63d15e6
 @app.command()
-def up() -> None:
-    "Start the MLflow and Prefect pages in the background."
+def up(
+    watch: Annotated[
+        str, typer.Option(help="look every 30m, 4h, 1d, too, as a Prefect deployment", show_default=False)
+    ] = "",
+    act: Annotated[
+        bool,
+        typer.Option(
+            "--act/--no-act", help="these looks follow incident_policy, as titanic watch --act does"
+        ),
+    ] = False,
+) -> None:
+    "Start the MLflow and Prefect pages in the background, and the watcher on a schedule."
+    from titanic_mlops.face.watch_commands import seconds_of
     from titanic_mlops.flow.services import up as start
 
+    looks = ["--every", str(seconds_of(watch)), *(["--act"] * act)] if watch else []
     _require_pipeline()
     console().print("[dim]starting; this takes half a minute on a small machine ...[/]")
-    for service in start(settings()):
-        console().print(f"  {service.name:8} {service.url}")
+    for service in start(settings(), looks):
+        where = (
+            f"every {watch}: deployment watch/titanic" if service.name == "watch" and watch else service.url
+        )
+        console().print(f"  {service.name:8} {where}")
     console().print("Next: [bold]titanic run[/], and [bold]titanic down[/] when you are done")
 
 
@@ -426,7 +441,7 @@ def down() -> None:
     stopped = stop(settings())
     console().print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
 
-
+# %% ../../nbs/07_face/01_cli.ipynb #673bde2f
 @app.command()
 def doctor() -> None:
     "Say what is missing on this machine, and how to mend it."
