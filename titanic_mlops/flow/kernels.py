@@ -906,9 +906,11 @@ class WarmProvisioner(LocalProvisioner):
 
     preload: Any = List(Unicode(), list(PRELOAD), help="libraries that the parent imports").tag(config=True)
     start_timeout: Any = Float(90.0, help="seconds that a parent may take to import them").tag(config=True)
+    _leaving = False
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         "Start a kernel; returns its connection information."
+        self._leaving = False
         try:
             process = await _fork_process(cmd, kwargs, self.preload, self.start_timeout)
         except (_Cold, OSError, subprocess.CalledProcessError) as reason:
@@ -918,6 +920,18 @@ class WarmProvisioner(LocalProvisioner):
         self.pid = self.pgid = process.pid
         self.cwd = kwargs.get("cwd") or Path.cwd()
         return self.connection_info
+
+    async def shutdown_requested(self, restart: bool = False) -> None:
+        "The kernel was asked to end."
+        self._leaving = True
+
+    async def poll(self) -> int | None:
+        "The exit code, or None while it runs. Who asked it to end looks ten times a second, and it takes less than that."
+        code, until = await super().poll(), time.monotonic() + 0.1
+        while code is None and self._leaving and time.monotonic() < until:
+            await asyncio.sleep(0.004)
+            code = await super().poll()
+        return code
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #f34c753e
 def install_kernelspec(
