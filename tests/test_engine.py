@@ -341,7 +341,7 @@ def test_runs_that_are_killed_at_random_come_to_the_same(tmp_path: Path):
             time.sleep(0.02)
         victims = {"run": [run.pid], "kernel": kernels_of(own), "server": servers_of(own)}
         victims["parent"] = [parent.pid for parent in parents()]
-        if run.poll() is None:
+        if struck := run.poll() is None:
             name = draw.choice([name for name, pids in victims.items() if pids])
             done += 1
             for pid in victims[name]:
@@ -350,8 +350,8 @@ def test_runs_that_are_killed_at_random_come_to_the_same(tmp_path: Path):
                 except ProcessLookupError:
                     continue
         out, said = run.communicate(timeout=400)
-        assert run.returncode in (0, 2, -signal.SIGKILL), out + said
-        assert "defect" not in said, said
+        assert run.returncode in (0, 2, -signal.SIGKILL) and "defect" not in said, out + said
+        assert struck or run.returncode == 0, out + said  # what was killed before did not spoil the store
         if run.returncode == 0 or done == kills:  # it came through: compare, and begin again elsewhere
             last = own.titanic("run", *QUICK)
             assert last.returncode == 0, last.stdout + last.stderr

@@ -1,6 +1,7 @@
 """The short way to MLflow and Prefect, over HTTP, says the same as the long one."""
 
 import json
+import signal
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -103,3 +104,23 @@ def test_prefect_shows_recalled_jobs_as_cached(own: Settings):
 def test_an_address_where_nobody_is(own: Settings):
     with pytest.raises(StoreError, match="does not answer"):
         records.RestBooks(own, "http://127.0.0.1:9")
+
+
+def test_a_database_whose_making_was_cut_short_is_made_again(fresh: Checkout):
+    makes = """
+from titanic_mlops.ground.settings import settings
+from titanic_mlops.model.registry import open_tracking
+
+print(open_tracking(settings()).get_experiment_by_name(settings().mlflow_experiment).name)
+"""
+    killed = """
+import os, signal
+from alembic import command
+
+command.upgrade = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert fresh.python(killed + makes).returncode == -signal.SIGKILL
+    assert not (fresh.store / "mlflow.db").exists() and list(fresh.store.glob(".mlflow.db.*"))
+    done = fresh.python(makes)
+    assert done.stdout.split() == ["titanic"], done.stderr
+    assert (fresh.store / "mlflow.db").exists() and not list(fresh.store.glob(".mlflow.db.*"))

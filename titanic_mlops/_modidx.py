@@ -1823,6 +1823,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'titanic_mlops/model/registry.py'),
                                               'titanic_mlops.model.registry._gate': ( '03_model/registry.html#_gate',
                                                                                       'titanic_mlops/model/registry.py'),
+                                              'titanic_mlops.model.registry._make_database': ( '03_model/registry.html#_make_database',
+                                                                                               'titanic_mlops/model/registry.py'),
                                               'titanic_mlops.model.registry._mark': ( '03_model/registry.html#_mark',
                                                                                       'titanic_mlops/model/registry.py'),
                                               'titanic_mlops.model.registry._place': ( '03_model/registry.html#_place',

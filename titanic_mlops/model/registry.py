@@ -56,6 +56,26 @@ def quiet_mlflow() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def _make_database(settings: Settings) -> None:
+    "Make the store's own database aside: one whose migrations are cut short stops every later one. Not for two at once."
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    database = settings.store / "mlflow.db"
+    if settings.mlflow_uri or database.exists():
+        return
+    for dead in settings.store.glob(".mlflow.db.*"):  # of those that were killed here
+        dead.unlink(missing_ok=True)
+    aside = database.with_name(f".mlflow.db.{os.getpid()}")
+    store = SqlAlchemyStore(f"sqlite:///{aside}", (settings.store / "mlartifacts").as_uri())
+    store.engine.dispose()
+    try:
+        os.link(aside, database)
+    except FileExistsError:  # a server of `titanic up` was faster
+        pass
+    finally:
+        aside.unlink()
+
+
 def open_tracking(
     settings: Settings,
 ) -> "mlflow.MlflowClient":
@@ -67,6 +87,7 @@ def open_tracking(
     try:
         (settings.store / "locks").mkdir(parents=True, exist_ok=True)
         with FileLock(settings.store / "locks" / "mlflow.lock"):  # two processes may make the tables at once
+            _make_database(settings)
             client = mlflow.MlflowClient(settings.tracking_uri, settings.tracking_uri)
             if client.get_experiment_by_name(settings.mlflow_experiment) is None:
                 location = None if settings.mlflow_uri else (settings.store / "mlartifacts").as_uri()
