@@ -55,7 +55,7 @@ def quiet_mlflow() -> None:
     for message in ("IProgress not found", ".*input example was not provided"):  # hints to its developers
         warnings.filterwarnings("ignore", message=message)
 
-
+# %% ../../nbs/03_model/05_registry.ipynb #66846465
 def _make_database(settings: Settings) -> None:
     "Make the store's own database aside: one whose migrations are cut short stops every later one. Not for two at once."
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
