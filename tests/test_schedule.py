@@ -53,8 +53,12 @@ def test_the_watcher_on_a_schedule(fresh: Checkout):
             time.sleep(1)
         assert looks, (fresh.store / "logs" / "watch.log").read_text()[-3000:]
         assert looks[0]["state"]["name"] == "Completed", looks[0]["state"]
-        said = ask(fresh, "logs", logs={"flow_run_id": {"any_": [looks[0]["id"]]}})
-        assert any("recorded as run" in line["message"] for line in said), said
+        this, until = {"flow_run_id": {"any_": [looks[0]["id"]]}}, time.monotonic() + 60
+        said: list[str] = []
+        while not any("recorded as run" in line for line in said):  # its last lines come after its state
+            assert time.monotonic() < until, said
+            time.sleep(0.5)
+            said = [line["message"] for line in ask(fresh, "logs", logs=this)]
         with sqlite3.connect(fresh.store / "mlflow.db") as books:
             kept = books.execute("SELECT count(*) FROM tags WHERE key = 'titanic.job' AND value = 'watch'")
             assert kept.fetchone()[0] >= 1
