@@ -29,7 +29,7 @@ import typer
 from .screen import console, escape
 
 from ..ground.errors import ParameterError, StepError
-from ..ground.settings import Settings, settings
+from ..ground.settings import Settings, settings, titanic_command
 
 if TYPE_CHECKING:
     from titanic_mlops.model.ledger import Entry
@@ -49,10 +49,6 @@ POLICY = {  # of the drill, as settings
 }
 QUICK = "model=logistic cv.folds=5 cv.repeats=1 cv.inner=0"
 SHORT = "model=logistic cv.folds=3 cv.repeats=1 cv.inner=0"
-
-
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", *arguments]
 
 # %% ../../nbs/07_face/11_drill.ipynb #6d01cf43
 @dataclass
@@ -84,7 +80,7 @@ def _start(name: str, folder: Path, environment: dict[str, str], *arguments: str
     log = folder / f"{name}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            _command(*arguments),
+            titanic_command(*arguments),
             env={**os.environ, **environment, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -272,7 +268,11 @@ def _first_model(own: Settings, overrides: str) -> float:  # seconds
     console().print("  [dim]the store is empty: training a first model ...[/]")
     environment = {**os.environ, **own.environment(), "NO_COLOR": "1"}
     done = subprocess.run(
-        _command("run", *overrides.split()), env=environment, capture_output=True, text=True, check=False
+        titanic_command("run", *overrides.split()),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         said = (done.stdout + done.stderr).strip()[-600:]

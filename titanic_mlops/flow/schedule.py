@@ -9,7 +9,6 @@ __all__ = ['state_of', 'watch', 'serve', 'main']
 import argparse
 import os
 import subprocess
-import sys
 from datetime import timedelta
 
 from prefect import flow, get_run_logger
@@ -18,6 +17,7 @@ from prefect.flows import EntrypointType
 from prefect.states import Completed, Failed, State
 
 from .services import die_with_parent
+from ..ground.settings import titanic_command
 
 # %% ../../nbs/04_flow/13_schedule.ipynb #f6133dab
 def state_of(
@@ -34,9 +34,6 @@ def state_of(
             return Failed(message=f"exit code {code}: {said}")
 
 
-_TITANIC = [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()"]
-
-
 @flow(name="watch", description="Has the world moved, and is the model still as good?")
 def watch(
     hours: int = 24,  # length of the window
@@ -44,10 +41,10 @@ def watch(
     act: bool = False,  # follow `incident_policy`, and take back a new champion
 ) -> State:
     "One look of the watcher, recorded in MLflow."
-    command = [*_TITANIC, "watch", "--record", "--hours", str(hours), "--outcome-hours", str(outcome_hours)]
+    spans = ["--hours", str(hours), "--outcome-hours", str(outcome_hours)]
     said, log = "", get_run_logger()
     with subprocess.Popen(
-        [*command, "--act" if act else "--no-act"],
+        titanic_command("watch", "--record", *spans, "--act" if act else "--no-act"),
         env=os.environ | {"NO_COLOR": "1", "COLUMNS": "120"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -14,7 +14,6 @@ import hashlib
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from ..data.contract import columns, feature_columns
 from ..data.quality import Verdict, judge
 from ..data.sources import EMBEDDED, canonical, read, snapshot
 from ..ground.errors import ContractError, RegistryError, TitanicError
-from ..ground.settings import Settings
+from ..ground.settings import Settings, titanic_command
 from ..ground.store import Artifacts, write_atomic
 from ..model.bundle import Bundle
 from ..model.evaluate import Estimate
@@ -263,10 +262,9 @@ def run_titanic(
     lock: IO[str] | None = None,  # is held for as long as the run lives
 ) -> tuple[int, str]:  # exit code, and what it said last
     "`titanic run` in a process of its own."
-    command = [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "run", *overrides]
     environment = {**os.environ, **own.environment(), "TITANIC_ACTOR": WATCHER, "NO_COLOR": "1"}
     done = subprocess.run(
-        command,
+        titanic_command("run", *overrides),
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
