@@ -99,7 +99,7 @@ def visits(
         yield visit
 
 
-def asked(address: str, path: str, body: dict) -> dict:
+def asked(address: str, path: str, body: dict) -> Any:
     "The server's own answer, without a browser."
     request = urllib.request.Request(
         address + path, json.dumps(body).encode(), {"content-type": "application/json"}

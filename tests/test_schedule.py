@@ -4,10 +4,10 @@ import json
 import os
 import sqlite3
 import time
-import urllib.request
 from typing import Any
 
 import pytest
+from browsing import asked
 from checkout import Checkout
 
 EVERY = 10  # seconds; the command line begins at a minute
@@ -15,7 +15,7 @@ UP = f"""
 from titanic_mlops.flow.services import up
 from titanic_mlops.ground.settings import settings
 
-up(settings(), ["--every", "{EVERY}"])
+up(settings(), every={EVERY})
 """
 
 
@@ -25,13 +25,7 @@ def card(own: Checkout, name: str) -> dict[str, Any]:
 
 def ask(own: Checkout, what: str, **body: Any) -> list[dict[str, Any]]:
     "Prefect's answer."
-    request = urllib.request.Request(
-        f"{card(own, 'prefect')['url']}/api/{what}/filter",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
+    return asked(card(own, "prefect")["url"], f"/api/{what}/filter", body)
 
 
 def ended(own: Checkout) -> list[dict[str, Any]]:
@@ -44,6 +38,7 @@ def ended(own: Checkout) -> list[dict[str, Any]]:
 def test_the_watcher_on_a_schedule(fresh: Checkout):
     soon = fresh.titanic("up", "--watch", "soon")
     assert soon.returncode == 2 and "30m" in soon.stderr and not (fresh.store / "services").exists()
+    assert fresh.titanic("up", "--act").returncode == 2
 
     assert fresh.python(UP).returncode == 0
     first, pages = card(fresh, "watch"), card(fresh, "prefect")

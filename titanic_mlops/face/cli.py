@@ -26,7 +26,7 @@ from .contract_commands import contract_app
 from .gate_commands import gate_app
 from .key_commands import keys_app
 from . import watch_commands
-from ..ground.errors import SettingsError, explain
+from ..ground.errors import ParameterError, SettingsError, explain
 from ..ground.settings import Settings, settings
 
 if TYPE_CHECKING:
@@ -422,14 +422,16 @@ def up(
     from titanic_mlops.face.watch_commands import seconds_of
     from titanic_mlops.flow.services import up as start
 
-    looks = ["--every", str(seconds_of(watch)), *(["--act"] * act)] if watch else []
+    every = seconds_of(watch) if watch else 0.0
+    if act and not watch:
+        raise ParameterError("--act is about looks, and there are none", do="titanic up --watch 15m --act")
     _require_pipeline()
     console().print("[dim]starting; this takes half a minute on a small machine ...[/]")
-    for service in start(settings(), looks):
-        where = (
-            f"every {watch}: deployment watch/titanic" if service.name == "watch" and watch else service.url
+    for service in start(settings(), every, act):
+        scheduled = service.name == "watch" and watch
+        console().print(
+            f"  {service.name:8} {f'every {watch}: deployment watch/titanic' if scheduled else service.url}"
         )
-        console().print(f"  {service.name:8} {where}")
     console().print("Next: [bold]titanic run[/], and [bold]titanic down[/] when you are done")
 
 
