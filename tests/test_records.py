@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sqlite3
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -108,10 +109,13 @@ def test_an_address_where_nobody_is(own: Settings):
 
 def test_a_database_whose_making_was_cut_short_is_made_again(fresh: Checkout):
     makes = """
+import pathlib
 from titanic_mlops.ground.settings import settings
-from titanic_mlops.model.registry import open_tracking
+from titanic_mlops.model import registry
 
-print(open_tracking(settings()).get_experiment_by_name(settings().mlflow_experiment).name)
+registry.template_of = lambda package: pathlib.Path("no/template.db")
+client = registry.open_tracking(settings())
+print(*sorted(e.name for e in client.search_experiments()))
 """
     killed = """
 import os, signal
@@ -120,7 +124,28 @@ from alembic import command
 command.upgrade = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
     assert fresh.python(killed + makes).returncode == -signal.SIGKILL
-    assert not (fresh.store / "mlflow.db").exists() and list(fresh.store.glob(".mlflow.db.*"))
+    assert not (fresh.store / "mlflow.db").exists() and list(fresh.store.glob(".mlflow.*"))
     done = fresh.python(makes)
-    assert done.stdout.split() == ["titanic"], done.stderr
-    assert (fresh.store / "mlflow.db").exists() and not list(fresh.store.glob(".mlflow.db.*"))
+    assert done.stdout.split() == ["Default", "titanic"], done.stderr
+    assert (fresh.store / "mlflow.db").exists() and not list(fresh.store.glob(".mlflow.*"))
+
+
+def test_tables_of_a_template_are_those_that_would_be_made(fresh: Checkout):
+    opens = """
+from titanic_mlops.ground.settings import settings
+from titanic_mlops.model.registry import open_tracking
+
+open_tracking(settings()).create_run("1")
+"""
+    for store in ("one", "two"):  # the first may have to make it
+        done = fresh.python(opens.replace("settings())", f"settings(store='{store}'))"))
+        assert done.returncode == 0, done.stderr
+    for query in ("SELECT sql FROM sqlite_master ORDER BY name", "SELECT version_num FROM alembic_version"):
+        laid, made = (
+            sqlite3.connect(fresh.folder / store / "mlflow.db").execute(query).fetchall()
+            for store in ("one", "two")
+        )
+        assert laid == made
+    with sqlite3.connect(fresh.folder / "two" / "mlflow.db") as books:
+        places = {place for (place,) in books.execute("SELECT artifact_location FROM experiments")}
+    assert len(places) == 2 and not any("/one/" in place or ".mlflow." in place for place in places)

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..ground.errors import StoreError, explain
 from ..ground.settings import Settings
-from ..ground.store import write_atomic
+from ..ground.store import lay, template_of, write_atomic
 
 # %% ../../nbs/04_flow/08_services.ipynb #8da38f63
 def _process_facts(pid: int) -> tuple[str, str]:  # state and time of birth; empty where there is no /proc
@@ -117,37 +117,19 @@ def _answers(url: str, timeout: float = 2.0) -> bool:
         return False
 
 # %% ../../nbs/04_flow/08_services.ipynb #d1b2c302
-def _template() -> Path:
-    from importlib.metadata import version
-
-    return Path(sys.prefix) / "share" / "titanic-mlops" / f"prefect-{version('prefect')}.db"
-
-
 def lay_database(
     settings: Settings,
 ) -> bool:  # whether the server has to make it from nothing
     "Put an empty Prefect database into a store that has none, if this environment keeps one."
     database = settings.store / "prefect" / "prefect.db"
-    if database.exists():
-        return False
-    aside = database.with_name(f".prefect.db.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        write_atomic(aside, _template().read_bytes())
-        os.link(aside, database)  # fails if somebody else's is there by now
-    except FileExistsError:
-        pass
-    except OSError:  # there is no template
-        return True
-    finally:
-        aside.unlink(missing_ok=True)
-    return False
+    return not (database.exists() or lay(template_of("prefect"), database))
 
 
 def keep_template(
     settings: Settings,  # of a store in which a server has just made its database
 ) -> None:
     "Keep that database for later stores. Where it can't be kept it is made anew each time."
-    made = _template()
+    made = template_of("prefect")
     aside = made.with_name(f".{made.name}.{os.getpid()}")
     with suppress(OSError, sqlite3.Error):
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -242,9 +224,12 @@ def up(
     "Start the MLflow and Prefect pages, or find them running. Raises `StoreError` if one does not come up."
     from filelock import FileLock
 
+    from titanic_mlops.model.registry import lay_tables
+
     (settings.store / "locks").mkdir(parents=True, exist_ok=True)
     with FileLock(settings.store / "locks" / "up.lock"), ExitStack() as claims:  # one `titanic up` at a time
         found, starting, new = running(settings), {}, lay_database(settings)
+        lay_tables(settings)
         for name, (command, preferred, health) in _commands(settings).items():
             if name not in found:
                 port = claims.enter_context(_claimed_port(preferred))
