@@ -702,9 +702,7 @@ def test_who_is_told_to_leave_loses_no_request(
             else:
                 serving.process.send_signal(sig)
             assert serving.process.wait(20) == 0
-            # whoever connects between a worker's last look and its close is reset by the kernel; nothing was taken yet
-            assert load.wrong == [] and len(load.lost) <= workers, load.lost
-            assert all("ConnectionReset" in one for one in load.lost), load.lost
+            assert (load.wrong, load.lost) == ([], [])
         idle.close()
         assert not (tmp_path / "store" / "serving").exists() or not list(
             (tmp_path / "store" / "serving").iterdir()
