@@ -930,6 +930,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'titanic_mlops/flow/kernels.py'),
                                             'titanic_mlops.flow.kernels._start_parent': ( '04_flow/kernels.html#_start_parent',
                                                                                           'titanic_mlops/flow/kernels.py'),
+                                            'titanic_mlops.flow.kernels._until_closed': ( '04_flow/kernels.html#_until_closed',
+                                                                                          'titanic_mlops/flow/kernels.py'),
                                             'titanic_mlops.flow.kernels.install_kernelspec': ( '04_flow/kernels.html#install_kernelspec',
                                                                                                'titanic_mlops/flow/kernels.py'),
                                             'titanic_mlops.flow.kernels.parents': ( '04_flow/kernels.html#parents',

@@ -250,7 +250,7 @@ def _inherit(said: dict[str, Any]) -> None:
 
 def _move_in(
     request: dict[str, Any],
-    files: list[int],  # standard output and error
+    files: Iterable[int],  # standard output and error
     added: dict[str, str],  # variables that libraries set when they were imported
 ) -> None:
     "Output, environment and folder of this process become those asked for."
@@ -319,6 +319,7 @@ def _only_connection_file(app: Any, arguments: list[str]) -> None:
 
 def _run_kernel(
     arguments: list[str],  # such as `-f connection.json`
+    bound: Any,  # is called when the ports are
 ) -> int:  # exit code
     "Be an IPython kernel until the end."
     from IPython.core import shellapp
@@ -330,6 +331,7 @@ def _run_kernel(
     app = IPKernelApp.instance(parent_handle=1, **_REHEARSED)
     if arguments[:1] == ["-f"] and len(arguments) == 2:
         app.parse_command_line = partial(_only_connection_file, app)
+    app.log_connection_info = bound  # called next after the ports are bound; what it would log nobody reads
     looking = (ipkernel, shellapp)  # through all modules, which writes to the pages of each
     try:
         for module in looking:
@@ -372,13 +374,18 @@ def _become_kernel(
     code = 1
     try:
         os.close(lock)
+        *files, bound = files
         _move_in(request, files, added)
         sys.path[:] = _import_path(base_path, request["env"], request["cwd"])
         sys.orig_argv = request["argv"]
         _reset_libraries(pools)
         gc.enable()
         _, way, what, *arguments = request["argv"]
-        code = _run_kernel(arguments) if way == "-m" else _run_code(what, arguments)
+        if way == "-m":
+            code = _run_kernel(arguments, partial(os.close, bound))
+        else:
+            os.close(bound)
+            code = _run_code(what, arguments)
         threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads of the notebook
         atexit._run_exitfuncs()
     except BaseException:
@@ -779,6 +786,19 @@ async def _answer(channel: _Channel) -> dict[str, Any]:
     channel.waiting = messages[1:]  # the kernel may have ended at once
     return messages[0]
 
+
+async def _until_closed(
+    pipe: int,  # its reading end
+) -> None:
+    "Wait until nobody has the writing end; not for ever."
+    os.set_blocking(pipe, False)
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(pipe, 1):
+                return
+        await asyncio.sleep(0.002)
+
 # %% ../../nbs/04_flow/00_kernels.ipynb #43fc2a19
 class _ForkedProcess:
     "A kernel that the parent forked, with the face of `subprocess.Popen`."
@@ -880,6 +900,8 @@ async def _fork_process(
     files = [_output(options.get("stdout"), 1)]
     errors = options.get("stderr")
     files.append(os.dup(files[0]) if errors == subprocess.STDOUT else _output(errors, 2))
+    binding, bound = os.pipe()
+    files.append(bound)
     try:
         for attempt in (1, 2):  # a parent may go home just when it is asked
             channel = await _reach_parent(folder, _key(recipe), recipe, timeout)
@@ -892,12 +914,15 @@ async def _fork_process(
                     raise _Cold(f"the parent can't be talked to: {error}") from error
             else:
                 break
+        while files:
+            os.close(files.pop())
+        if "error" in answer:
+            channel.close()
+            raise _Cold(f"the parent can't fork: {answer['error']}")
+        await _until_closed(binding)
     finally:
-        for file in files:
+        for file in (binding, *files):
             os.close(file)
-    if "error" in answer:
-        channel.close()
-        raise _Cold(f"the parent can't fork: {answer['error']}")
     return _ForkedProcess(channel, answer["pid"])
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #c51429fc
