@@ -34,6 +34,7 @@ lab: $(READY) ## open the notebooks in JupyterLab
 
 export: $(READY) ## notebooks -> package and README; formats and cleans the notebooks
 	@$(BIN)/ruff format -q nbs && $(BIN)/nbdev-clean && $(BIN)/nbdev-export && $(BIN)/python scripts/readme.py
+	@[ -z "$$PYTHONDONTWRITEBYTECODE" ] || $(BIN)/python -m compileall -q titanic_mlops
 
 readme: $(READY) ## render README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/readme.py $(ARGS)

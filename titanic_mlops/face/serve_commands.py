@@ -6,6 +6,7 @@
 __all__ = ['guard_of', 'origins_of', 'serve']
 
 # %% ../../nbs/07_face/05_serve.ipynb #4bd649d8
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,7 @@ def _make_app(own: Settings, host: str, no_auth: bool) -> Any:
         from titanic_mlops.serve.app import open_app
         from titanic_mlops.serve.server import say
 
-        return open_app(models, own, guard_of(own, host, no_auth), say)
+        return open_app(models, own, guard_of(own, host, no_auth), say, later=True)
 
     return make
 
@@ -111,6 +112,7 @@ def serve(
     grace: Annotated[float, typer.Option(help="seconds after that for what was taken", min=1)] = 10.0,
 ) -> None:
     "Serve the champion, and follow it: promotions, rollbacks, new bundles."
+    gc.disable()  # what is there when it answers stays, and then the server turns it on
     _require_server()
     own = settings()
     origins = origins_of(own, bundle, alias, shadow, canary)

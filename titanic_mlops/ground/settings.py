@@ -244,8 +244,7 @@ class Settings(
         str, Field(pattern="^(debug|info|warning|error)$", description="least severity logged")
     ] = "info"
     actor: Annotated[
-        str,
-        Field(pattern="^[\\w.@ -]{0,100}$", description="who answers for promotions; empty: the account"),
+        str, Field(max_length=100, pattern="^[\\w.@ -]*$", description="who promotes; empty: the account")
     ] = ""
 
     @classmethod

@@ -185,6 +185,7 @@ class Server(Leaving):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         gc.freeze()  # what is there now stays, and need not be looked through while somebody waits
+        gc.enable()  # the command turned it off for the start
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:
@@ -749,7 +750,8 @@ def _together(
     plan: Plan, listener: socket.socket, into: Path, make_app: MakeApp, ready: Callable[[str], None]
 ) -> int:
     "Several workers, and the parent that keeps them. Metrics are gathered if `share_metrics` was called."
-    import titanic_mlops.serve.app  # noqa: F401  before the fork, so that workers share it
+    import titanic_mlops.serve.app  # before the fork, so that workers share it
+    import titanic_mlops.serve.routes  # noqa: F401
 
     parent = Parent(say=say)
     deliver = lambda *facts: parent.deliver(*facts) if parent.members else parent.adopt(*facts)
@@ -761,6 +763,7 @@ def _together(
     version = lambda: parent.standing["champion"]["offer"]["version"]
     work = lambda pipe: _worker(pipe, plan, listener, make_app)
     gc.freeze()  # or looking through it would copy, in each worker, what they share
+    gc.enable()
     fleet = Fleet(work, parent, follow, say)
     return fleet.run(listener, plan.workers, lambda: ready(version()), plan.grace + plan.linger + 3)
 
