@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -124,6 +125,27 @@ def test_it_is_a_fork_with_both_streams_and_an_exit_code(start):
     kernel.client.execute("import os; os._exit(7)")
     seconds_until(lambda: not kernel.manager.is_alive())
     assert kernel.manager.provisioner.process.returncode == 7
+
+
+def test_its_ports_are_open_when_it_has_started_and_it_can_say_which():
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager(kernel_name="warm-small")
+    manager.start_kernel()
+    client = manager.blocking_client()
+    try:
+        ports = {
+            name: getattr(manager, f"{name}_port") for name in ("shell", "iopub", "stdin", "control", "hb")
+        }
+        for port in ports.values():
+            socket.create_connection((manager.ip, port), 1).close()
+        client.start_channels()
+        client.shell_channel.send(client.session.msg("connect_request"))
+        said = client.get_shell_msg(timeout=10)["content"]
+        assert {name: said[name] for name in ports} == ports
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_it_looks_like_an_ordinary_kernel_from_inside(start, tmp_path):

@@ -679,17 +679,18 @@ def test_a_worker_that_is_killed_is_replaced_and_the_others_go_on(tmp_path: Path
         assert {serving.ask()[1]["probability"] for _ in range(12)} == {0.25}
 
 
-LEAVE = [
-    (1, True, signal.SIGTERM),
-    (2, False, signal.SIGINT),
-    pytest.param(1, False, signal.SIGINT, marks=pytest.mark.long),
-    pytest.param(2, True, signal.SIGTERM, marks=pytest.mark.long),
+LEAVE = [  # told to the process alone, or as Ctrl-C, `timeout` and systemd do it: to all of them
+    (1, True, signal.SIGTERM, os.kill),
+    (2, False, signal.SIGINT, os.killpg),
+    (2, False, signal.SIGTERM, os.killpg),
+    pytest.param(1, False, signal.SIGINT, os.killpg, marks=pytest.mark.long),
+    pytest.param(2, True, signal.SIGTERM, os.kill, marks=pytest.mark.long),
 ]
 
 
-@pytest.mark.parametrize(("workers", "keep", "sig"), LEAVE)
+@pytest.mark.parametrize(("workers", "keep", "sig", "tell"), LEAVE)
 def test_who_is_told_to_leave_loses_no_request(
-    tmp_path: Path, bundles: dict[str, Path], workers: int, keep: bool, sig: signal.Signals
+    tmp_path: Path, bundles: dict[str, Path], workers: int, keep: bool, sig: signal.Signals, tell: Any
 ):
     with titanic_serve(
         tmp_path / "store", "--bundle", str(bundles["low"]), "--workers", str(workers)
@@ -697,10 +698,7 @@ def test_who_is_told_to_leave_loses_no_request(
         idle = socket.create_connection(("127.0.0.1", serving.port))  # is not waited for forever
         with Load(serving.port, known(bundles), keep).running() as load:
             serving.until(lambda: load.answers > 200)
-            if sig == signal.SIGINT:
-                os.killpg(serving.process.pid, sig)  # as Ctrl-C does: to all of them
-            else:
-                serving.process.send_signal(sig)
+            tell(serving.process.pid, sig)
             assert serving.process.wait(20) == 0
             assert (load.wrong, load.lost) == ([], [])
         idle.close()

@@ -331,7 +331,8 @@ def _run_kernel(
     app = IPKernelApp.instance(parent_handle=1, **_REHEARSED)
     if arguments[:1] == ["-f"] and len(arguments) == 2:
         app.parse_command_line = partial(_only_connection_file, app)
-    app.log_connection_info = bound  # called next after the ports are bound; what it would log nobody reads
+    told = app.log_connection_info  # called next after the ports are bound
+    app.log_connection_info = lambda: (bound(), told())
     looking = (ipkernel, shellapp)  # through all modules, which writes to the pages of each
     try:
         for module in looking:

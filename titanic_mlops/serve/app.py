@@ -72,9 +72,11 @@ class Later:
 
     def _work(self) -> None:
         try:
-            self._made.set_result(self._make())
+            app = self._make()
         except BaseException as error:
-            self._made.set_exception(error)
+            self._made.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            raise  # the thread's last words are written to the standard error
+        self._made.set_result(app)
         gc.freeze()  # as what the server was made of: it stays
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -84,7 +86,12 @@ class Later:
                 await receive()
                 await send({"type": f"lifespan.{moment}.complete"})
             return
-        app = self._made.result() if self._made.done() else await asyncio.wrap_future(self._made)
+        try:
+            app = self._made.result() if self._made.done() else await asyncio.wrap_future(self._made)
+        except Exception as error:
+            raise error.with_traceback(
+                None
+            ) from None  # one error for all requests: it need not remember each
         await app(scope, receive, send)
 
 # %% ../../nbs/05_serve/08_app.ipynb #4d2ed2fa

@@ -122,6 +122,7 @@ class Leaving(uvicorn.Server):
         self._signals = signals
         self._left: float | None = None  # when we were told to leave
         self._all = ALL_LEAVE not in signals  # whoever is alone is everybody
+        self._heard: set[int] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,11 +135,13 @@ class Leaving(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        news = sig == ALL_LEAVE and not self._all  # systemd tells all processes of a service, workers too
-        if self._left is None or news:
-            self.leave(sig == ALL_LEAVE)
-        else:
+        # systemd and `timeout` tell all processes of a group: a worker hears it from them and from its parent, in any order
+        again = sig in self._heard if ALL_LEAVE in self._signals else self._left is not None
+        self._heard.add(sig)
+        if again:
             self.should_exit = self.force_exit = True
+        else:
+            self.leave(sig == ALL_LEAVE)
 
     def leave(self, everybody: bool = False) -> None:
         "Begin to leave. May be called from any thread."
@@ -537,7 +540,7 @@ class Workers:
         "Start a worker."
         mine, theirs = socket.socketpair()
         others = [member.pipe for member in self.parent.members]
-        ours = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}  # and ALL_LEAVE ends who is not ready for it
+        ours = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, ALL_LEAVE}
         with self.follow.still():
             signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # one that comes now is the parent's
             pid = os.fork()
@@ -559,6 +562,9 @@ class Workers:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
         theirs.close()
         self.parent.join(Member(pid, mine))
+        if self.stopping is not None:  # told to stop just then: the others know already
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, ALL_LEAVE)
 
     def signal_all(self, sig: signal.Signals) -> None:
         "Send a signal to all workers."
