@@ -134,9 +134,8 @@ def test_its_ports_are_open_when_it_has_started_and_it_can_say_which():
     manager.start_kernel()
     client = manager.blocking_client()
     try:
-        ports = {
-            name: getattr(manager, f"{name}_port") for name in ("shell", "iopub", "stdin", "control", "hb")
-        }
+        names = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
+        ports = {name: getattr(manager, name) for name in names}
         for port in ports.values():
             socket.create_connection((manager.ip, port), 1).close()
         client.start_channels()

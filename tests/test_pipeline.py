@@ -279,6 +279,27 @@ def test_a_damaged_result_is_made_again(finished):
     assert "7 of 8 steps recalled" in done.stdout
 
 
+def test_a_verdict_that_was_not_written_down_comes_out_again(finished):
+    "Killed after the champion was moved and before the step was kept: the next run does not compare the model with itself."
+    import mlflow
+
+    own, _ = finished
+    decision = own.first["promote"] / "decision.json"
+    good = decision.read_bytes()
+    assert json.loads(good)["outcome"] == "first"
+    client = mlflow.MlflowClient(f"sqlite:///{own.store / 'mlflow.db'}")
+    asked = client.get_model_version_by_alias("titanic", "champion").tags["gate_run"]
+    assert client.get_run(asked).info.status == "FINISHED"
+    client.set_terminated(asked, "KILLED")
+    shutil.rmtree(decision.parent)
+    ledger = sorted(own.store.glob("artifacts/ledger/**/*.json"))
+    done = own.titanic("run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 of 8 steps recalled" in done.stdout
+    assert decision.read_bytes() == good
+    assert sorted(own.store.glob("artifacts/ledger/**/*.json")) == ledger and len(ledger) == 1
+
+
 # --- the step notebooks, against their stored outputs
 
 STEPS = sorted((ROOT / "nbs" / "pipeline").glob("*.ipynb"))

@@ -582,6 +582,7 @@ def judged(
     version: Version,
     against: Version | None,  # the champion that it was compared with
     decision: "Decision",
+    run_id: str = "",  # the MLflow run that asked the gate
 ) -> None:
     "Keep the gate's decision with the version."
     barred = [c.name for c in decision.conditions if not (c.passed or getattr(c, "overridable", True))]
@@ -590,6 +591,7 @@ def judged(
         "gate_reason": decision.reason[:4000],
         "gate_against": against.digest if against else "none",
         "gate_version": _gate(decision),
+        "gate_run": run_id or "none",
         "gate_barred": ", ".join(barred) or "none",  # conditions not met that no override reaches
         "gate": "promote" if decision.promote else "keep",
     }
@@ -605,16 +607,48 @@ def follow(
     self: Registry,
     decision: "Decision",
     version: Version,
-    against: Version | None,  # the champion that it was compared with
+    against: Version | None,  # the champion that it was compared with: `opponent`
+    run_id: str = "",  # the MLflow run that asked the gate
 ) -> "Decision":  # the same, or withheld
-    "Keep the gate's decision with the version, and promote it if that is the decision."
+    "Keep the gate's decision with the version, and promote it if that is the decision, once."
     decision = self.hold(decision, version)
-    self.judged(version, against, decision)
-    if decision.promote:
+    self.judged(version, against, decision, run_id)
+    last = next(reversed(self.entries()), None)
+    move = ("promote", against.digest if against else "", version.digest)
+    done = last is not None and (last.action, last.from_digest, last.to_digest) == move
+    if decision.promote and not done:
         who = getattr(decision, "override", None)
         facts = {"by": who.by, "reason": who.reason, "override": True} if who else {"reason": decision.reason}
         self.promote(version, against, _verdict(decision), gate_version=_gate(decision), **facts)
     return decision
+
+# %% ../../nbs/03_model/05_registry.ipynb #0f249cdd
+@patch
+def opponent(
+    self: Registry,
+    challenger: str,  # digest of its bundle
+) -> Version | None:  # None: there is none
+    "The champion that a challenger is compared with: the present one, unless a run that was cut short has just made the challenger that."
+    champion, entries = self.alias(CHAMPION), self.entries()
+    if not (champion and entries):
+        return champion
+    last, status = entries[-1], ""
+    if last.action == "promote" and last.to_digest == champion.digest == challenger:
+        asked = champion.tags.get("gate_run", "none")
+        status = "" if asked == "none" else self._status(asked)
+    if status in ("", "FINISHED"):
+        return champion
+    return self.version(last.from_version) if last.from_version else None
+
+
+@patch
+def _status(self: Registry, run_id: str) -> str:  # of an MLflow run; empty: there is none
+    import mlflow
+
+    try:
+        return self.client.get_run(run_id).info.status
+    except mlflow.exceptions.MlflowException:
+        return ""
 
 # %% ../../nbs/03_model/05_registry.ipynb #76013dfe
 @patch
