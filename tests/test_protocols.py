@@ -395,3 +395,31 @@ def test_the_record_holds_them_or_nothing_is_answered(bundle: Path):
         record.full = True
         refused = client.post(path, json=body)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1"), path
+
+
+def test_a_large_table_finds_room_in_the_record(tmp_path: Path):
+    from guarded import Half
+    from starlette.testclient import TestClient
+
+    from titanic_mlops.ground.settings import Settings
+    from titanic_mlops.serve.app import create_app
+    from titanic_mlops.serve.predict import OneModel
+    from titanic_mlops.serve.predictions import open_prediction_log
+
+    own = Settings(store=tmp_path, predictions_queue=1000, predictions_when_full="refuse")
+    log = open_prediction_log(own)
+    client = TestClient(create_app(OneModel(Half(), "7"), None, log, own))
+    dean = {
+        "pclass": 3,
+        "name": "Dean, Miss. Millvina",
+        "sex": "female",
+        "sibsp": 1,
+        "parch": 2,
+        "ticket": "2315",
+    }
+    rows = [dean] * 6000
+    table = {"dataframe_split": {"columns": list(dean), "data": [list(dean.values())] * 6000}}
+    assert len(client.post("/invocations", json=table).json()["predictions"]) == 6000
+    assert len(client.post("/v1/predict/batch", json=rows).json()["predictions"]) == 6000
+    log.close()
+    assert (log.stats()["written"], log.stats()["dropped"]) == (12_000, 0)

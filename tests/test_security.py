@@ -225,6 +225,10 @@ def test_no_app_has_an_address_that_the_table_forgets(
         assert server.get(path).status_code == 200, path
     for path in ("/nowhere", "/healthzz", "/v1/predictions"):  # nothing is there to be guarded
         assert server.get(path).status_code == 404, path
+    for path in ("/v1/model", "/metrics", "/v1/status", "/v1/outcomes", "/v1/predict", "/invocations"):
+        for end in ("%0A", "%0a%0a", "%00", "%0D%0A", "%E2%80%A8"):  # a pattern's `$` lets a newline follow
+            for ask in (server.get, server.post):
+                assert ask(path + end).status_code == 404, path + end
     from titanic_mlops.serve import app
 
     monkeypatch.setattr(

@@ -1,9 +1,11 @@
 """A real server meets what the world sends: every address, hostile bodies, headers that lie, senders that drip."""
 
+import contextlib
 import gzip
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -269,3 +271,85 @@ def test_after_all_that_it_still_answers_and_has_counted(up: Up):
     assert re.search(r'titanic_requests_total\{method="POST",route="/v1/predict",status="422"\} \d', page)
     assert 'status="500"' not in page and "titanic_model_ready 1.0" in page
     assert [*(up.store / "predictions").rglob("*.open")], "no record was kept"
+
+
+# --- what a hostile client can make large with little
+
+
+def test_small_bodies_do_not_hold_the_worker(up: Up):
+    many = ",".join(f'"k{number}":1' for number in range(6000)).encode()
+    twins = b"{" + many + b',"k5999":1}'
+    wide = json.dumps([{f"k{number}": 1 for number in range(200_000)}]).encode()
+    newlines = gzip.compress(b"\n" * 60_000_000)
+    table = ",".join(DEAN) + "\n" + "\n" * 5_000_000
+    packed = {"content-encoding": "gzip"}
+    ways = {
+        "twins": (lambda: up.post(twins), 400),
+        "unknown keys": (lambda: up.post(b"{" + many + b"}"), 422),
+        "a wide row": (lambda: up.post(wide, path="/v1/predict/batch"), 422),
+        "empty lines": (
+            lambda: up.post(newlines, "application/x-ndjson", "/v1/predict/batch", **packed),
+            200,
+        ),
+        "empty rows": (lambda: up.post(table.encode(), "text/csv", "/v1/predict/batch"), 400),
+    }
+    for what, (ask, status) in ways.items():
+        found: list[int] = []
+        asker = threading.Thread(target=lambda ask=ask, found=found: found.append(ask().status_code))
+        asker.start()
+        slowest = 0.0
+        while asker.is_alive():  # somebody else asks meanwhile
+            start = time.monotonic()
+            assert up.post(GOOD).status_code == 200
+            slowest = max(slowest, time.monotonic() - start)
+        assert found == [status], what
+        assert slowest < 5, f"{what}: another client waited for {slowest:.1f} s"
+
+
+def test_what_follows_a_gzip_stream_is_refused_at_once(up: Up):
+    def endless():
+        yield gzip.compress(GOOD)
+        for _ in range(2000):
+            yield b"\0" * 65_536
+
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = up.client.post("/v1/predict", content=endless(), headers=headers)
+    assert answer.status_code in (400, 413), answer.text
+
+
+def test_heads_have_an_end(up: Up):
+    answer = up.raw(
+        b"GET /healthz HTTP/1.1\r\nhost: a\r\n" + b"".join(b"a%d: b\r\n" % n for n in range(500)) + b"\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 431 ") and b"headers-too-large" in answer
+    with socket.create_connection(("127.0.0.1", up.port), timeout=30) as line:
+        line.sendall(b"GET /healthz HTTP/1.1\r\nhost: a\r\nx: ")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 10_000_000:
+                sent += line.send(b"x" * 65_536)
+        assert sent < 5_000_000, "the server takes a head without end"
+    assert problem(up.post(GOOD, **{"x-request-key": "k" * 300}), 400, "malformed-request")
+
+
+def test_requests_that_are_sent_ahead_are_answered_up_to_a_bound(up: Up):
+    one = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+    assert up.raw(one * 50 + last).count(b"HTTP/1.1 200") == 51
+    with (
+        socket.create_connection(("127.0.0.1", up.port), timeout=30) as line,
+        contextlib.suppress(ConnectionError),
+    ):
+        for _ in range(200):
+            line.sendall(one * 2000)
+        line.settimeout(5)
+        while line.recv(65_536):
+            pass
+    assert up.client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/model%0A", "/metrics%0A", "/v1/predict%0D", "/readyz%00", "/nowhere", "//v1/model"]
+)
+def test_an_address_that_is_not_listed_is_not_there(up: Up, path: str):
+    problem(up.client.get(path), 404, "not-found")

@@ -769,6 +769,37 @@ def loaded(bundle: Path, kind: str = "champion") -> Any:
     return admit(bundle, FolderOrigin(bundle).look(), kind, [])
 
 
+def test_a_canary_that_errs_fails_no_table(bundles: dict[str, Path]):
+    from starlette.testclient import TestClient
+
+    from titanic_mlops.serve.app import create_app
+
+    def fail(passengers: Any) -> Any:
+        raise ValueError("no")
+
+    models, canary = Models(share=1.0), loaded(bundles["high"], "canary")
+    canary.model.many = fail
+    models.install(loaded(bundles["low"]))
+    models.install(canary)
+    client, digest = TestClient(create_app(models)), digest_of(bundles["low"])
+    for path, body in (
+        ("/v1/predict/batch", [PASSENGER] * 300),
+        ("/invocations", {"dataframe_records": [PASSENGER] * 300}),
+    ):
+        models.install(canary)
+        answer = client.post(path, json=body)
+        assert answer.status_code == 200 and len(answer.json()["predictions"]) == 300
+        assert answer.headers["x-bundle-digest"] == digest
+    lines = "\n".join([json.dumps(PASSENGER)] * 3)
+    kind = {"content-type": "application/x-ndjson"}
+    models.install(canary)
+    answer = client.post(
+        "/v1/predict/batch", content=lines, headers=kind
+    )  # its headers have promised the canary
+    assert "failed; ask for the rest again" in answer.text
+    models.close()
+
+
 def test_a_canary_that_errs_never_fails_a_client(bundles: dict[str, Path]):
     def fail(passenger: Any) -> float:
         raise ValueError("no")

@@ -289,6 +289,11 @@ class _Accepting:
         self._queue.append((time_ns, request_id, served, inputs, probability, kind, arm, key))
         self._counts[ACCEPTED] = next(self._accepted)
 
+    @property
+    def crowded(self) -> bool:
+        "Whether half of the places in the queue are taken."
+        return 2 * (len(self._queue) + self._pipe.behind) > self._limit
+
     def _full(self, kind: str) -> None:
         self._counts[DROPPED] = next(self._dropped)
         if self._refuses and kind != "shadow":  # nobody sees a shadow's answer

@@ -27,7 +27,7 @@ from ..data.contract import Column, Passenger, columns
 from ..data.targets import REQUEST_ROLES, json_schema, problems, request_model
 from ..ground.errors import nearest
 from .http import Request, State, field_error
-from .predict import chosen, keep
+from .predict import Part, chosen, keep, room
 
 # %% ../../nbs/05_serve/07_protocols.ipynb #651fb580
 class Refused(Exception):
@@ -86,21 +86,11 @@ def _row_errors(error: ValidationError, first: int) -> list[dict[str, Any]]:
                 field_error(f"rows.{first + number}", "a row is an object", "not an object", one["input"])
             )
             continue
-        problem = problems(_Single(one | {"loc": tuple(loc)}))[0]
+        problem = problems(Part([one | {"loc": tuple(loc)}]))[0]  # type: ignore[arg-type]
         value = one["input"] if one["type"] != "missing" else None
         where = f"rows.{first + number}.{problem.column}"
         found.append(field_error(where, problem.rule, problem.reason, value))
     return found
-
-
-class _Single:
-    "One error, where `problems` expects a pydantic one."
-
-    def __init__(self, error: Mapping[str, Any]):
-        self._error = error
-
-    def errors(self, **_: Any) -> list[Mapping[str, Any]]:
-        return [self._error]
 
 # %% ../../nbs/05_serve/07_protocols.ipynb #51c0c1ec
 LOT = 100  # rows between two turns of the event loop
@@ -116,21 +106,32 @@ async def answer(
     if len(rows) > state.limits.batch_rows:
         raise Refused(f"{len(rows)} rows; a request has at most {state.limits.batch_rows}", 413)
     key = request.headers.get(b"x-request-key")
-    served = served or chosen(state.models, key or request.id.encode())
+    asked_for, served = served, served or chosen(state.models, key or request.id.encode())
     good: list[dict[str, Any]] = []
     for start in range(0, len(rows), LOT):
         good += checked(rows[start : start + LOT], start)
         await asyncio.sleep(0)
-    parts = [np.zeros(0)]
-    for start in range(0, len(good), LOT):
-        parts.append(served.model.many(good[start : start + LOT]))
-        await asyncio.sleep(0)
-    found = np.concatenate(parts)
-    _record(state, request, served, good, found, key.decode("latin-1") if key else "")
+    try:
+        found = await _said(served, good)
+    except Exception:
+        if asked_for is not None:
+            raise
+        served = state.models.failed(served)  # the champion, if it was a canary; raises otherwise
+        found = await _said(served, good)
+    await _record(state, request, served, good, found, key.decode("latin-1") if key else "")
     return served, found
 
 
-def _record(
+async def _said(served: Any, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    "The probabilities of rows that keep the contract."
+    parts = [np.zeros(0)]
+    for start in range(0, len(rows), LOT):
+        parts.append(served.model.many(rows[start : start + LOT]))
+        await asyncio.sleep(0)
+    return np.concatenate(parts)
+
+
+async def _record(
     state: State, request: Request, served: Any, rows: list[dict[str, Any]], found: np.ndarray, key: str
 ) -> None:
     "Keep the answers, count them, and let the shadow have its turn."
@@ -142,6 +143,9 @@ def _record(
             keep(state.log, id, now, served, row, probability, kind, kind, key)
         if after is not None:
             after(served, row, probability, id, key)
+        if number % LOT == LOT - 1:
+            await room(state.log)
+            await asyncio.sleep(0)
     if state.metrics is not None:
         survives = int((found >= served.model.threshold).sum())
         for number, word in ((survives, True), (len(rows) - survives, False)):
