@@ -227,6 +227,19 @@ def test_bad_input_is_one_clear_error(tmp_path: Path, bundle: Path, monkeypatch:
     assert not list(tmp_path.glob(".out*")), "partial files were left"
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.rejected.csv", "out.csv.scored.json", "link.csv"])
+def test_an_input_is_never_among_the_outputs(tmp_path: Path, bundle: Path, name: str):
+    source, model = tmp_path / name, _opened(bundle)
+    KNOWN_BEFORE.head(5).to_csv(tmp_path / name.replace("link", "out.rejected"), index=False)
+    if name == "link.csv":
+        source.symlink_to(tmp_path / "out.rejected.csv")
+    own, before = scoring.Settings(store=tmp_path / "store"), source.read_bytes()
+    with pytest.raises(scoring.ParameterError, match="are the same file"):
+        task = scoring.Task("1", model.digest, 0.5)
+        scoring.score(model, str(source), str(tmp_path / "out.csv"), task, own)
+    assert source.read_bytes() == before
+
+
 def test_one_bad_file_does_not_stop_the_others(ship: Checkout, bundle: Path):
     lists = ship.folder / "lists"
     (lists / "deep").mkdir(parents=True)

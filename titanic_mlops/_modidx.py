@@ -2231,6 +2231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch._publish': ( '05_serve/batch.html#_publish',
                                                                                    'titanic_mlops/serve/batch.py'),
+                                           'titanic_mlops.serve.batch._require_apart': ( '05_serve/batch.html#_require_apart',
+                                                                                         'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch._score_rows': ( '05_serve/batch.html#_score_rows',
                                                                                       'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch._told_as': ( '05_serve/batch.html#_told_as',

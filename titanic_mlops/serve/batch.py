@@ -899,12 +899,7 @@ def score_file(
 ) -> Scored:
     "Score one file. Raises `TitanicError`; what is done by then is kept, and the same call goes on from there."
     where, stamp = source.address, None
-    if (
-        source.is_local
-        and places.target.is_local
-        and os.path.realpath(source.path) == os.path.realpath(places.target.path)
-    ):
-        raise ParameterError("input and output are the same file", where=where, do="name another output")
+    _require_apart(source, places)
     with _told_as(where, "the file can't be read"):
         stamp = source.stamp()
     key = {"source": where, "stamp": stamp, "contract": CONTRACT_VERSION, **asdict(task), "format": 1}
@@ -933,6 +928,18 @@ def score_file(
             journal.close()
             places.aside("partial").unlink(missing_ok=True)
             places.aside("rejected").unlink(missing_ok=True)
+
+# %% ../../nbs/05_serve/12_batch.ipynb #07352111
+def _require_apart(source: File, places: Places) -> None:
+    "Raise `ParameterError` if the input is a file that the run would write, or remove."
+    if source.fs.protocol != places.target.fs.protocol:
+        return
+    place = os.path.realpath if source.is_local else str
+    made = {"output": places.target.path, "rejections": places.rejections, "record": places.record}
+    for what, path in made.items():
+        if place(source.path) == place(path):
+            same = "input and output" if what == "output" else f"the input and the output's {what}"
+            raise ParameterError(f"{same} are the same file", where=source.address, do="name another output")
 
 # %% ../../nbs/05_serve/12_batch.ipynb #8699516c
 def _publish(places: Places, desk: _Desk, journal: Journal, said: dict[str, Any], resumed: int) -> Scored:
