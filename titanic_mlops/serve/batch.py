@@ -170,12 +170,11 @@ class ParquetRows:
 
         self._file, self._handle = file, file.path if file.is_local else file.open()
         with self._readable():
-            with pq.ParquetFile(self._handle) as parquet:
-                repeating = repeating_columns(parquet.metadata)
+            some = partial(pq.ParquetFile, buffer_size=1 << 20)  # not a whole column
+            with some(self._handle) as parquet:
+                repeating = repeating_columns(parquet)
             self._handle = file.path if file.is_local else file.open()
-            self._parquet = pq.ParquetFile(
-                self._handle, read_dictionary=repeating, buffer_size=1 << 20
-            )  # not a whole column
+            self._parquet = some(self._handle, read_dictionary=repeating)
         self.rows: int = self._parquet.metadata.num_rows
         header = [name for name in self._parquet.schema_arrow.names if name != "__index_level_0__"]
         if not self.rows:
