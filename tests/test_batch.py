@@ -136,6 +136,23 @@ def test_a_rejected_number_reads_as_the_file_has_it(tmp_path: Path, bundle: Path
     assert [(one.row, one.field, one.value) for one in rejected] == [(1, "age", "541"), (3, "age", "-0.5")]
 
 
+def written(bundle: Path, source: Path, *keep: str) -> tuple[pa.Table, list[dict]]:
+    "The output for a file, and its rejections."
+    model, target = _opened(bundle), source.parent / "scores" / "out.parquet"
+    own = scoring.Settings(store=source.parent / "store")
+    scoring.score(model, str(source), str(target), scoring.Task("1", model.digest, 0.5, keep), own)
+    rejected = target.with_name("out.rejected.parquet")
+    return pq.read_table(target), pq.read_table(rejected).to_pylist() if rejected.exists() else []
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_a_missing_integer_stays_missing_where_a_file_has_floats(tmp_path: Path, bundle: Path, kind: str):
+    frame = KNOWN_BEFORE.head(3)
+    numbers = np.array([1, np.nan, 3], kind)
+    frame.assign(passenger_id=numbers).to_parquet(tmp_path / "list.parquet", index=False)
+    assert written(bundle, tmp_path / "list.parquet")[0]["passenger_id"].to_pylist() == [1, None, 3]
+
+
 # --- categories that training did not see
 
 

@@ -2214,6 +2214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch._as_text': ( '05_serve/batch.html#_as_text',
                                                                                    'titanic_mlops/serve/batch.py'),
+                                           'titanic_mlops.serve.batch._cast': ('05_serve/batch.html#_cast', 'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch._cell': ('05_serve/batch.html#_cell', 'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch._kinds': ( '05_serve/batch.html#_kinds',
                                                                                  'titanic_mlops/serve/batch.py'),

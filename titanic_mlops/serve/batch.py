@@ -882,8 +882,19 @@ def _with_types(batch: "pa.RecordBatch", kinds: "pa.Schema") -> "pa.RecordBatch"
     "Some columns of a batch with other types."
     import pyarrow as pa
 
-    arrays = [_plain(batch.column(one.name)).cast(one.type, safe=False) for one in kinds]
+    arrays = [_cast(batch.column(one.name), one.type) for one in kinds]
     return pa.RecordBatch.from_arrays(arrays, schema=kinds) if arrays else batch.select([])
+
+
+def _cast(cells: "pa.Array", kind: "pa.DataType") -> "pa.Array":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    cells = _plain(cells)
+    if pa.types.is_integer(kind) and pa.types.is_floating(cells.type):
+        cells = cells.cast(pa.float64())
+        cells = pc.if_else(pc.is_nan(cells), pa.scalar(None, pa.float64()), cells)  # no integer says missing
+    return cells.cast(kind, safe=False)
 
 # %% ../../nbs/05_serve/12_batch.ipynb #5bcbb870
 def score_file(
