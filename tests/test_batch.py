@@ -153,6 +153,43 @@ def test_a_missing_integer_stays_missing_where_a_file_has_floats(tmp_path: Path,
     assert written(bundle, tmp_path / "list.parquet")[0]["passenger_id"].to_pylist() == [1, None, 3]
 
 
+def test_a_bad_row_among_views_is_the_only_one_rejected(tmp_path: Path, bundle: Path):
+    table = pa.Table.from_pandas(KNOWN_BEFORE.head(4).assign(age=[541, 22, 30, None]), preserve_index=False)
+    views = pa.schema(
+        [(f.name, pa.string_view() if f.type == pa.large_string() else f.type) for f in table.schema]
+    )
+    assert pa.string_view() in views.types
+    pq.write_table(table, tmp_path / "plain.parquet")
+    pq.write_table(table.cast(views), tmp_path / "list.parquet")
+    scores, rejected = written(bundle, tmp_path / "list.parquet", "name", "sex")
+    assert scores["row"].to_pylist() == [2, 3, 4] and [one["row"] for one in rejected] == [1]
+    assert scores.equals(written(bundle, tmp_path / "plain.parquet", "name", "sex")[0])
+
+
+@pytest.mark.parametrize("name", ["sex", "embarked", "name", "cabin", "ticket"])
+def test_a_text_of_a_dictionary_that_is_no_unicode_costs_its_row_only(bundle: Path, name: str):
+    table = pa.Table.from_pandas(KNOWN_BEFORE.head(4), preserve_index=False)
+    values = pa.array([b"male", b"m\xe4nnlich"] if name == "sex" else [b"S", b"\xe4 Herr"]).cast(pa.binary())
+    values = pa.Array.from_buffers(pa.string(), 2, values.buffers())
+    cells = pa.DictionaryArray.from_arrays(pa.array([1, 0, 0, 0], pa.int32()), values)
+    [batch] = table.set_column(table.schema.get_field_index(name), name, cells).combine_chunks().to_batches()
+    probabilities, rejected = scoring.score_batch(_opened(bundle), batch)
+    assert [(one.row, one.field) for one in rejected] == [(1, name)]
+    assert np.isnan(probabilities).tolist() == [True, False, False, False]
+    assert not np.isnan(scoring.score_batch(_opened(bundle), batch.slice(1))[0]).any()  # keeps the dictionary
+    if name == "cabin":
+        encoder = Encoder(with_deck=True)
+        assert len(encoder.derive(encoder(batch.slice(1)))["deck"]) == 3
+
+
+def test_a_key_that_is_no_unicode_is_a_rejected_row(tmp_path: Path, bundle: Path):
+    good = KNOWN_BEFORE.head(2).to_json(orient="records", lines=True)
+    (tmp_path / "list.ndjson").write_text(good + good.splitlines()[0].replace('"age"', '"\\ud83d"') + "\n")
+    scores, rejected = written(bundle, tmp_path / "list.ndjson")
+    assert scores["row"].to_pylist() == [1, 2]
+    assert [(one["row"], one["field"]) for one in rejected] == [(3, "\\ud83d")]
+
+
 # --- categories that training did not see
 
 

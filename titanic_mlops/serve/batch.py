@@ -405,7 +405,7 @@ class JsonRows(TextRows):
                     rejected.append((at, "", "a line is one JSON object", line.strip()[:200]))
                 records.append(record)
             table, refused = to_table(records)
-            rejected += [(one.row, one.column, one.rule, _as_text(one.value)) for one in refused]
+            rejected += [(one.row, _as_text(one.column), one.rule, _as_text(one.value)) for one in refused]
             yield table.combine_chunks().to_batches()[0], rejected
 
 
@@ -467,8 +467,16 @@ def score_batch(
     good = np.ones(len(batch), bool)
     good[[one.row - first - 1 for one in rejected]] = False
     probabilities = np.full(len(batch), np.nan, np.float32)
-    probabilities[good] = model.predict(batch.filter(pa_mask(good)))
+    probabilities[good] = model.predict(_without_views(batch).filter(pa_mask(good)))
     return probabilities, rejected
+
+
+def _without_views(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    "The batch with views as texts: Arrow can't filter views."
+    import pyarrow as pa
+
+    arrays = [_plain(cells) if pa.types.is_string_view(cells.type) else cells for cells in batch.columns]
+    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
 
 
 def pa_mask(flags: np.ndarray) -> "pa.BooleanArray":
@@ -815,10 +823,12 @@ class _Desk:
 
 
 def _plain(cells: "pa.Array") -> "pa.Array":
-    "Cells as the output has them, not as codes."
+    "Cells as they are, neither codes nor views."
     import pyarrow as pa
 
-    return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    return cells.cast(pa.large_string()) if pa.types.is_string_view(cells.type) else cells
 
 # %% ../../nbs/05_serve/12_batch.ipynb #4a9a8099
 def _kinds(rows: ParquetRows | TextRows, keep: Sequence[str]) -> "pa.Schema":
