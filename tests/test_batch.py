@@ -19,7 +19,7 @@ from test_sources import free_port, process
 
 from titanic_mlops.data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame, features, title
 from titanic_mlops.data.rowcheck import check_records, to_table
-from titanic_mlops.data.sources import EMBEDDED, canonical, read
+from titanic_mlops.data.sources import EMBEDDED, LAYOUTS, canonical, read
 from titanic_mlops.data.strategies import anybody, passengers
 from titanic_mlops.model.bundle import BundleInfo, Lineage, open_graph, require_parity, to_onnx, write_bundle
 from titanic_mlops.model.train import KINDS, Candidate, fit
@@ -188,6 +188,34 @@ def test_a_key_that_is_no_unicode_is_a_rejected_row(tmp_path: Path, bundle: Path
     scores, rejected = written(bundle, tmp_path / "list.ndjson")
     assert scores["row"].to_pylist() == [1, 2]
     assert [(one["row"], one["field"]) for one in rejected] == [(3, "\\ud83d")]
+
+
+KAGGLE_NAMES = {target: name for name, target in LAYOUTS["kaggle"].items()}
+
+
+def test_ndjson_with_the_names_of_kaggle(tmp_path: Path, bundle: Path):
+    frame = KNOWN_BEFORE.head(4).assign(name=lambda one: one.name + "\u2028")
+    records = frame.rename(columns=KAGGLE_NAMES).assign(PassengerId=range(7, 11)).to_dict("records")
+    records = [{k: v for k, v in one.items() if v == v} for one in records]
+    del records[0]["Age"], records[0]["PassengerId"]  # an object may lack what is missing
+    records[2]["Shoes"] = 42
+    records[3]["age"] = 30
+    lines = [json.dumps(one, ensure_ascii=False, default=str) for one in records]
+    (tmp_path / "list.ndjson").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    scores, rejected = written(bundle, tmp_path / "list.ndjson")
+    assert scores["row"].to_pylist() == [1, 2] and scores["passenger_id"].to_pylist() == [None, 8]
+    assert [(one["row"], one["field"]) for one in rejected] == [(3, "Shoes"), (4, "")]
+    assert rejected[1]["rule"] == "a column is there once"
+
+
+@pytest.mark.parametrize(
+    "first, said",
+    [({"a": 1}, "no column of a passenger list"), ({"Pclass": 3, "Sexx": "male"}, "did you mean 'Sex'")],
+)
+def test_ndjson_of_something_else_is_refused_as_a_whole(tmp_path: Path, bundle: Path, first: dict, said: str):
+    (tmp_path / "list.ndjson").write_text(json.dumps(first) + "\n")
+    with pytest.raises(scoring.TitanicError, match=said):
+        written(bundle, tmp_path / "list.ndjson")
 
 
 # --- categories that training did not see

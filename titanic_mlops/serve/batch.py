@@ -31,7 +31,7 @@ import numpy as np
 
 from ..data.contract import CONTRACT_VERSION, ROW_RULES, Column, columns, rule_text
 from ..data.rowcheck import looks_of, repeating_columns, require_columns, rule_texts, to_table
-from ..data.sources import MISSING_MARKERS, match_layout
+from ..data.sources import LAYOUTS, MISSING_MARKERS, match_layout
 from ..ground.errors import ParameterError, SourceError, StoreError, TitanicError
 from ..ground.settings import Settings
 from ..ground.store import canonical_json, digest, write_atomic
@@ -339,6 +339,11 @@ class TextRows:
 _TEXT_ROWS = 16_384  # of a text file, read at a time
 
 
+def _text(head: bytes) -> io.StringIO:
+    "The first bytes of a file, with lines that end where those of the whole file do."
+    return io.StringIO(head.decode("utf-8-sig", "replace"), newline="")
+
+
 class CsvRows(TextRows):
     "Rows of a CSV file. Raises `SourceError` or `ContractError`."
 
@@ -384,11 +389,34 @@ class CsvRows(TextRows):
         return pa.RecordBatch.from_arrays(arrays, names=self.columns), rejected
 
 # %% ../../nbs/05_serve/12_batch.ipynb #469309aa
+def _object(line: str) -> dict[str, Any] | None:
+    "A line as an object; None if it is none."
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _names_of(
+    first: dict[str, Any], where: str
+) -> dict[str, str]:  # name in the file -> name in the contract
+    "The layout, told from the first object as from a header. Raises `ContractError`."
+    if not first:  # a row that is rejected
+        return {}
+    known = max(LAYOUTS.values(), key=lambda names: len(names.keys() & first.keys()))
+    needed = {c.name for c in columns() if not c.may_be_absent} - {known.get(name) for name in first}
+    absent = [name for name, target in known.items() if target in needed and known.keys() & first.keys()]
+    return LAYOUTS[match_layout([*first, *absent], where)[0]]  # what an object lacks is missing in its row
+
+
 class JsonRows(TextRows):
-    "Rows of an NDJSON file, one object a line. Raises `SourceError`."
+    "Rows of an NDJSON file, one object a line. Raises `SourceError` or `ContractError`."
 
     def _look(self, head: bytes) -> list[str]:
         super()._look(head)
+        first = next((line for line in _text(head) if line.strip()), "")
+        self._names = _names_of(_object(first) or {}, self._file.address)
         return [c.name for c in columns()]
 
     def _batches(self, text: Any) -> Iterator[tuple["pa.RecordBatch", list[tuple[int, str, str, str]]]]:
@@ -396,14 +424,13 @@ class JsonRows(TextRows):
         while some := list(itertools.islice(lines, _TEXT_ROWS)):
             records, rejected = [], []
             for at, line in enumerate(some):
-                try:
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError
-                except (ValueError, RecursionError):
-                    record = {}
+                record = _object(line)
+                if record is None:
                     rejected.append((at, "", "a line is one JSON object", line.strip()[:200]))
-                records.append(record)
+                named = {self._names.get(name, name): value for name, value in (record or {}).items()}
+                if record and len(named) < len(record):
+                    rejected.append((at, "", "a column is there once", line.strip()[:200]))
+                records.append(named)
             table, refused = to_table(records)
             rejected += [(one.row, _as_text(one.column), one.rule, _as_text(one.value)) for one in refused]
             yield table.combine_chunks().to_batches()[0], rejected
