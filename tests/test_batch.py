@@ -190,6 +190,39 @@ def test_a_key_that_is_no_unicode_is_a_rejected_row(tmp_path: Path, bundle: Path
     assert [(one["row"], one["field"]) for one in rejected] == [(3, "\\ud83d")]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_lines_of_any_end(tmp_path: Path, bundle: Path, end: str, delimiter: str):
+    text = (
+        KNOWN_BEFORE.head(3).assign(age=[541, 22, 30]).to_csv(index=False, sep=delimiter, lineterminator=end)
+    )
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf" + (end + end + text).encode())
+    scores, rejected = written(bundle, tmp_path / "list.csv")
+    assert scores["row"].to_pylist() == [2, 3] and [one["row"] for one in rejected] == [1]
+    assert len(read(tmp_path / "list.csv").frame) == 3
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda text: "   \n" + text,
+            "no column of a passenger list",
+        ),  # blanks are a header, as for the reader
+        (lambda text: "\ufeff\n", "no column of a passenger list|is empty"),
+        (lambda text: text.replace("name", '"na"me', 1), "the CSV can't be read"),
+        (lambda text: "\n".join("\t" + line for line in text.splitlines()), "a column without a name"),
+    ],
+)
+def test_a_header_that_is_none(tmp_path: Path, bundle: Path, change: object, said: str):
+    text = change(KNOWN_BEFORE.head(3).to_csv(index=False, sep="\t"))
+    (tmp_path / "list.tsv").write_text(text)
+    with pytest.raises(scoring.TitanicError, match=said):
+        written(bundle, tmp_path / "list.tsv")
+    with pytest.raises(scoring.TitanicError, match=said):
+        read(tmp_path / "list.tsv")
+
+
 KAGGLE_NAMES = {target: name for name, target in LAYOUTS["kaggle"].items()}
 
 

@@ -2128,6 +2128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch.CsvRows._look': ( '05_serve/batch.html#csvrows._look',
                                                                                         'titanic_mlops/serve/batch.py'),
+                                           'titanic_mlops.serve.batch.CsvRows._records': ( '05_serve/batch.html#csvrows._records',
+                                                                                           'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch.CsvRows._typed': ( '05_serve/batch.html#csvrows._typed',
                                                                                          'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch.File': ('05_serve/batch.html#file', 'titanic_mlops/serve/batch.py'),

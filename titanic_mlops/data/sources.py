@@ -273,7 +273,7 @@ def _read_csv(content: bytes, source: str) -> _Table:
     import pandas as pd
 
     text = _text(content, source)
-    first = text.split("\n", 1)[0]
+    first = next((line for line in io.StringIO(text, newline="") if line.strip("\r\n")), "")
     delimiter = max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records, lines, ragged, header = [], [], [], []

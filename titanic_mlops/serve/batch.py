@@ -349,19 +349,23 @@ class CsvRows(TextRows):
 
     def _look(self, head: bytes) -> list[str]:
         super()._look(head)
-        line = head.decode("utf-8-sig", "replace").lstrip().split("\n", 1)[0]
+        line = next((line for line in _text(head) if line.strip("\r\n")), "")
         self._delimiter = max(",;\t", key=line.count)
-        header = next(csv.reader([line.rstrip("\r")], delimiter=self._delimiter))
+        header = next(self._records(_text(head)), [])
         names = match_layout([name.strip() for name in header], self._file.address)[1]
         return list(names.values())
 
     def _batches(self, text: Any) -> Iterator[tuple["pa.RecordBatch", list[tuple[int, str, str, str]]]]:
+        records = self._records(text)
+        next(records, None)
+        while some := list(itertools.islice(records, _TEXT_ROWS)):
+            yield self._typed(some)
+
+    def _records(self, text: Any) -> Iterator[list[str]]:
+        "The records, header included; lines without a character are none."
         reader = csv.reader(text, delimiter=self._delimiter, strict=True)
-        records = (record for record in reader if record)
         try:
-            next(records, None)
-            while some := list(itertools.islice(records, _TEXT_ROWS)):
-                yield self._typed(some)
+            yield from filter(None, reader)
         except csv.Error as error:
             raise SourceError(
                 f"the CSV can't be read: {error}",
