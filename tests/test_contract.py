@@ -577,6 +577,22 @@ def test_the_gate_obeys_the_severity_of_a_table_rule(severity: str, monkeypatch:
     assert "enough_rows" in verdict._repr_markdown_()
 
 
+@pytest.mark.parametrize("unknown", [1, 3, 1309])
+def test_the_gate_sets_rows_without_an_outcome_aside(unknown: int):
+    rows = read(EMBEDDED)
+    frame = rows.frame.copy()
+    frame.loc[frame.index[:unknown], "survived"] = pd.NA
+    verdict = quality.judge(frame, rows.origin)
+    assert (verdict.set_aside, len(verdict.accepted)) == (unknown, 1309 - unknown)
+    assert verdict.passed == (unknown < 1309)
+    assert verdict.accepted["survived"].notna().all()
+    assert verdict.quarantined[["line", "column"]].iloc[0].tolist() == [2, "survived"]
+    if unknown == 1309:
+        with pytest.raises(ContractError, match="1309 of 1309 rows"):
+            verdict.require()
+    assert quality.judge(frame.drop(columns="survived"), rows.origin).set_aside == 0
+
+
 # --- versions
 
 

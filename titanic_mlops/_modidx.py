@@ -187,6 +187,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'titanic_mlops/data/quality.py'),
                                             'titanic_mlops.data.quality._place': ( '02_data/quality.html#_place',
                                                                                    'titanic_mlops/data/quality.py'),
+                                            'titanic_mlops.data.quality._without_outcome': ( '02_data/quality.html#_without_outcome',
+                                                                                             'titanic_mlops/data/quality.py'),
                                             'titanic_mlops.data.quality.check_rows': ( '02_data/quality.html#check_rows',
                                                                                        'titanic_mlops/data/quality.py'),
                                             'titanic_mlops.data.quality.check_table': ( '02_data/quality.html#check_table',
