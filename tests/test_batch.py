@@ -19,7 +19,7 @@ from test_sources import free_port, process
 
 from titanic_mlops.data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame, features, title
 from titanic_mlops.data.rowcheck import check_records, to_table
-from titanic_mlops.data.sources import EMBEDDED, canonical, read
+from titanic_mlops.data.sources import EMBEDDED, LAYOUTS, canonical, read
 from titanic_mlops.data.strategies import anybody, passengers
 from titanic_mlops.model.bundle import BundleInfo, Lineage, open_graph, require_parity, to_onnx, write_bundle
 from titanic_mlops.model.train import KINDS, Candidate, fit
@@ -136,6 +136,121 @@ def test_a_rejected_number_reads_as_the_file_has_it(tmp_path: Path, bundle: Path
     assert [(one.row, one.field, one.value) for one in rejected] == [(1, "age", "541"), (3, "age", "-0.5")]
 
 
+def written(bundle: Path, source: Path, *keep: str) -> tuple[pa.Table, list[dict]]:
+    "The output for a file, and its rejections."
+    model, target = _opened(bundle), source.parent / "scores" / "out.parquet"
+    own = scoring.Settings(store=source.parent / "store")
+    scoring.score(model, str(source), str(target), scoring.Task("1", model.digest, 0.5, keep), own)
+    rejected = target.with_name("out.rejected.parquet")
+    return pq.read_table(target), pq.read_table(rejected).to_pylist() if rejected.exists() else []
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_a_missing_integer_stays_missing_where_a_file_has_floats(tmp_path: Path, bundle: Path, kind: str):
+    frame = KNOWN_BEFORE.head(3)
+    numbers = np.array([1, np.nan, 3], kind)
+    frame.assign(passenger_id=numbers).to_parquet(tmp_path / "list.parquet", index=False)
+    assert written(bundle, tmp_path / "list.parquet")[0]["passenger_id"].to_pylist() == [1, None, 3]
+
+
+def test_a_bad_row_among_views_is_the_only_one_rejected(tmp_path: Path, bundle: Path):
+    table = pa.Table.from_pandas(KNOWN_BEFORE.head(4).assign(age=[541, 22, 30, None]), preserve_index=False)
+    views = pa.schema(
+        [(f.name, pa.string_view() if f.type == pa.large_string() else f.type) for f in table.schema]
+    )
+    assert pa.string_view() in views.types
+    pq.write_table(table, tmp_path / "plain.parquet")
+    pq.write_table(table.cast(views), tmp_path / "list.parquet")
+    scores, rejected = written(bundle, tmp_path / "list.parquet", "name", "sex")
+    assert scores["row"].to_pylist() == [2, 3, 4] and [one["row"] for one in rejected] == [1]
+    assert scores.equals(written(bundle, tmp_path / "plain.parquet", "name", "sex")[0])
+
+
+@pytest.mark.parametrize("name", ["sex", "embarked", "name", "cabin", "ticket"])
+def test_a_text_of_a_dictionary_that_is_no_unicode_costs_its_row_only(bundle: Path, name: str):
+    table = pa.Table.from_pandas(KNOWN_BEFORE.head(4), preserve_index=False)
+    values = pa.array([b"male", b"m\xe4nnlich"] if name == "sex" else [b"S", b"\xe4 Herr"]).cast(pa.binary())
+    values = pa.Array.from_buffers(pa.string(), 2, values.buffers())
+    cells = pa.DictionaryArray.from_arrays(pa.array([1, 0, 0, 0], pa.int32()), values)
+    [batch] = table.set_column(table.schema.get_field_index(name), name, cells).combine_chunks().to_batches()
+    probabilities, rejected = scoring.score_batch(_opened(bundle), batch)
+    assert [(one.row, one.field) for one in rejected] == [(1, name)]
+    assert np.isnan(probabilities).tolist() == [True, False, False, False]
+    assert not np.isnan(scoring.score_batch(_opened(bundle), batch.slice(1))[0]).any()  # keeps the dictionary
+    if name == "cabin":
+        encoder = Encoder(with_deck=True)
+        assert len(encoder.derive(encoder(batch.slice(1)))["deck"]) == 3
+
+
+def test_a_key_that_is_no_unicode_is_a_rejected_row(tmp_path: Path, bundle: Path):
+    good = KNOWN_BEFORE.head(2).to_json(orient="records", lines=True)
+    (tmp_path / "list.ndjson").write_text(good + good.splitlines()[0].replace('"age"', '"\\ud83d"') + "\n")
+    scores, rejected = written(bundle, tmp_path / "list.ndjson")
+    assert scores["row"].to_pylist() == [1, 2]
+    assert [(one["row"], one["field"]) for one in rejected] == [(3, "\\ud83d")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_lines_of_any_end(tmp_path: Path, bundle: Path, end: str, delimiter: str):
+    text = (
+        KNOWN_BEFORE.head(3).assign(age=[541, 22, 30]).to_csv(index=False, sep=delimiter, lineterminator=end)
+    )
+    (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbf" + (end + end + text).encode())
+    scores, rejected = written(bundle, tmp_path / "list.csv")
+    assert scores["row"].to_pylist() == [2, 3] and [one["row"] for one in rejected] == [1]
+    assert len(read(tmp_path / "list.csv").frame) == 3
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda text: "   \n" + text,
+            "no column of a passenger list",
+        ),  # blanks are a header, as for the reader
+        (lambda text: "\ufeff\n", "no column of a passenger list|is empty"),
+        (lambda text: text.replace("name", '"na"me', 1), "the CSV can't be read"),
+        (lambda text: "\n".join("\t" + line for line in text.splitlines()), "a column without a name"),
+    ],
+)
+def test_a_header_that_is_none(tmp_path: Path, bundle: Path, change: object, said: str):
+    text = change(KNOWN_BEFORE.head(3).to_csv(index=False, sep="\t"))
+    (tmp_path / "list.tsv").write_text(text)
+    with pytest.raises(scoring.TitanicError, match=said):
+        written(bundle, tmp_path / "list.tsv")
+    with pytest.raises(scoring.TitanicError, match=said):
+        read(tmp_path / "list.tsv")
+
+
+KAGGLE_NAMES = {target: name for name, target in LAYOUTS["kaggle"].items()}
+
+
+def test_ndjson_with_the_names_of_kaggle(tmp_path: Path, bundle: Path):
+    frame = KNOWN_BEFORE.head(4).assign(name=lambda one: one.name + "\u2028")
+    records = frame.rename(columns=KAGGLE_NAMES).assign(PassengerId=range(7, 11)).to_dict("records")
+    records = [{k: v for k, v in one.items() if v == v} for one in records]
+    del records[0]["Age"], records[0]["PassengerId"]  # an object may lack what is missing
+    records[2]["Shoes"] = 42
+    records[3]["age"] = 30
+    lines = [json.dumps(one, ensure_ascii=False, default=str) for one in records]
+    (tmp_path / "list.ndjson").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    scores, rejected = written(bundle, tmp_path / "list.ndjson")
+    assert scores["row"].to_pylist() == [1, 2] and scores["passenger_id"].to_pylist() == [None, 8]
+    assert [(one["row"], one["field"]) for one in rejected] == [(3, "Shoes"), (4, "")]
+    assert rejected[1]["rule"] == "a column is there once"
+
+
+@pytest.mark.parametrize(
+    "first, said",
+    [({"a": 1}, "no column of a passenger list"), ({"Pclass": 3, "Sexx": "male"}, "did you mean 'Sex'")],
+)
+def test_ndjson_of_something_else_is_refused_as_a_whole(tmp_path: Path, bundle: Path, first: dict, said: str):
+    (tmp_path / "list.ndjson").write_text(json.dumps(first) + "\n")
+    with pytest.raises(scoring.TitanicError, match=said):
+        written(bundle, tmp_path / "list.ndjson")
+
+
 # --- categories that training did not see
 
 
@@ -225,6 +340,19 @@ def test_bad_input_is_one_clear_error(tmp_path: Path, bundle: Path, monkeypatch:
         assert said in str(error.value) and name in str(error.value), (name, str(error.value))
         assert not Path("out.parquet").exists()
     assert not list(tmp_path.glob(".out*")), "partial files were left"
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.rejected.csv", "out.csv.scored.json", "link.csv"])
+def test_an_input_is_never_among_the_outputs(tmp_path: Path, bundle: Path, name: str):
+    source, model = tmp_path / name, _opened(bundle)
+    KNOWN_BEFORE.head(5).to_csv(tmp_path / name.replace("link", "out.rejected"), index=False)
+    if name == "link.csv":
+        source.symlink_to(tmp_path / "out.rejected.csv")
+    own, before = scoring.Settings(store=tmp_path / "store"), source.read_bytes()
+    with pytest.raises(scoring.ParameterError, match="are the same file"):
+        task = scoring.Task("1", model.digest, 0.5)
+        scoring.score(model, str(source), str(tmp_path / "out.csv"), task, own)
+    assert source.read_bytes() == before
 
 
 def test_one_bad_file_does_not_stop_the_others(ship: Checkout, bundle: Path):

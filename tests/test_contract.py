@@ -483,6 +483,40 @@ def broken_frame(typed: tuple[pa.Table, list[int]]) -> tuple[pd.DataFrame, pd.Da
     return frame, origin
 
 
+_ENCRYPTED = """
+import base64, sys
+import pyarrow as pa, pyarrow.parquet as pq, pyarrow.parquet.encryption as pe
+from titanic_mlops.data.rowcheck import check_parquet
+from titanic_mlops.ground.errors import SourceError
+from titanic_mlops.serve.batch import find_files, open_rows
+
+class Keys(pe.KmsClient):
+    def __init__(self, _): super().__init__()
+    def wrap_key(self, key, _): return base64.b64encode(key)
+    def unwrap_key(self, key, _): return base64.b64decode(key)
+
+how = pe.EncryptionConfiguration(footer_key="f", column_keys={"k": ["name"]}, plaintext_footer=True)
+how = pe.CryptoFactory(Keys).file_encryption_properties(pe.KmsConnectionConfig(), how)
+table = pa.table({"name": ["Dean, Miss. Millvina"], "age": [0.2]})
+with pq.ParquetWriter(sys.argv[1], table.schema, encryption_properties=how) as file:
+    file.write_table(table)
+for use in (check_parquet, lambda path: open_rows(find_files(path)[0][0])):
+    try:
+        use(sys.argv[1])
+    except SourceError as error:
+        print(error)
+"""
+
+
+def test_an_encrypted_column_is_an_error_and_not_the_end_of_the_process(tmp_path: Path):
+    pytest.importorskip("pyarrow.parquet.encryption")
+    command = [sys.executable, "-c", _ENCRYPTED, str(tmp_path / "list.parquet")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("the Parquet file can't be read: Cannot decrypt")) == (0, 2), (
+        done
+    )
+
+
 def test_check_rows_says_what_pandera_says(typed: tuple[pa.Table, list[int]]):
     frame, _ = broken_frame(typed)
     cases = pandera_cases(frame)
@@ -541,6 +575,22 @@ def test_the_gate_obeys_the_severity_of_a_table_rule(severity: str, monkeypatch:
     )
     assert verdict.passed == (severity == "warn")
     assert "enough_rows" in verdict._repr_markdown_()
+
+
+@pytest.mark.parametrize("unknown", [1, 3, 1309])
+def test_the_gate_sets_rows_without_an_outcome_aside(unknown: int):
+    rows = read(EMBEDDED)
+    frame = rows.frame.copy()
+    frame.loc[frame.index[:unknown], "survived"] = pd.NA
+    verdict = quality.judge(frame, rows.origin)
+    assert (verdict.set_aside, len(verdict.accepted)) == (unknown, 1309 - unknown)
+    assert verdict.passed == (unknown < 1309)
+    assert verdict.accepted["survived"].notna().all()
+    assert verdict.quarantined[["line", "column"]].iloc[0].tolist() == [2, "survived"]
+    if unknown == 1309:
+        with pytest.raises(ContractError, match="1309 of 1309 rows"):
+            verdict.require()
+    assert quality.judge(frame.drop(columns="survived"), rows.origin).set_aside == 0
 
 
 # --- versions

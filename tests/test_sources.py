@@ -1,7 +1,10 @@
 """Passengers from files that are not what they should be, and from real servers: S3, Cloud Storage, HTTP, OpenML."""
 
 import contextlib
+import datetime
+import gzip
 import http.server
+import io
 import json
 import os
 import socket
@@ -9,9 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from checkout import BIN, ROOT
 
@@ -51,6 +57,7 @@ BAD = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         ["git lfs pull"],
     ),
+    "damaged gzip": (gzip.compress(KAGGLE.encode())[:10] + b"\xff" * 30, ["gzip"]),
     "html": (b"<!doctype html><html><body>404</body></html>", []),
 }
 
@@ -66,6 +73,61 @@ def test_a_file_that_is_no_passenger_list(tmp_path: Path, kind: str, name: str):
     assert name in str(caught.value)
     for part in wanted:
         assert part in str(caught.value), str(caught.value)
+
+
+def _kaggle(**columns: object) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(KAGGLE)).assign(**columns)
+
+
+def test_a_parquet_is_read_with_the_index_that_has_a_name(tmp_path: Path):
+    kinds = {"Sex": "category", "Pclass": "category", "Survived": "Int64"}
+    ids = [7, 2, 9, 3]  # equal steps would make a range, of which Parquet keeps no column
+    frame = pd.concat([_kaggle()] * 2).assign(PassengerId=ids)
+    frame.astype(kinds).set_index("PassengerId").to_parquet(tmp_path / "mine.parquet")
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    frame = read(tmp_path / "mine.parquet").frame
+    pd.testing.assert_frame_equal(frame, read(tmp_path / "mine.csv").frame)
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("Name", ["Braund", "Mr."], "column 'Name' is list"),
+        ("Name", {"last": "Braund"}, "column 'Name' is struct"),
+        ("Cabin", b"C85", "column 'Cabin' is binary"),
+        ("Survived", True, "column 'Survived' is bool"),
+        ("Age", datetime.date(1890, 1, 1), "column 'Age' is date32"),
+        ("Fare", datetime.timedelta(days=7), "column 'Fare' is duration"),
+    ],
+)
+def test_a_parquet_column_of_another_type_is_refused(tmp_path: Path, name: str, value: object, said: str):
+    _kaggle(**{name: [value, value]}).to_parquet(tmp_path / "mine.parquet")
+    with pytest.raises(SourceError, match=said) as caught:
+        read(tmp_path / "mine.parquet")
+    assert "convert it to" in str(caught.value) and "texts or numbers" in str(caught.value)
+
+
+def test_numbers_and_texts_of_any_width_are_read(tmp_path: Path):
+    table = pa.Table.from_pandas(_kaggle(Fare=[Decimal("7.25"), Decimal("71.28")], Ticket=[21171, 17599]))
+    for name, kind in (("Pclass", pa.uint8()), ("Sex", pa.string_view()), ("Age", pa.float32())):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, table[name].cast(kind))
+    pq.write_table(table, tmp_path / "mine.parquet")
+    frame = read(tmp_path / "mine.parquet").frame
+    assert frame["fare"].tolist() == [7.25, 71.28] and frame["ticket"].tolist() == ["21171", "17599"]
+    assert frame["sex"].tolist() == ["male", "female"] and frame["pclass"].tolist() == [3, 1]
+
+
+def test_a_parquet_text_that_is_no_unicode_is_named(tmp_path: Path):
+    table = pa.Table.from_pandas(_kaggle(), preserve_index=False)
+    raw = pa.array([b"Cumings", "Bråund".encode("latin-1")], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    for names in (texts, pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), texts)):
+        place = table.schema.get_field_index("Name")
+        pq.write_table(table.set_column(place, "Name", names), tmp_path / "mine.parquet")
+        with pytest.raises(SourceError, match="column 'Name' is not UTF-8: byte 0xe5") as caught:
+            read(tmp_path / "mine.parquet")
+        assert "row 2" in str(caught.value)
 
 
 def test_the_outcome_is_needed_for_training_only(tmp_path: Path):

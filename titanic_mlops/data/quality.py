@@ -219,6 +219,17 @@ def _listed(found: "pd.DataFrame", frame: "pd.DataFrame", origin: "pd.DataFrame"
         columns=list(QUARANTINE_COLUMNS),
     )
 
+# %% ../../nbs/02_data/03_quality.ipynb #b81d4f36
+_OUTCOME = "survived is known: nothing can be learnt from the row"
+
+
+def _without_outcome(frame: "pd.DataFrame") -> "pd.DataFrame":  # as of `check_rows`
+    "Rows without an outcome, of a table that has them."
+    import pandas as pd
+
+    index = frame.index[frame["survived"].isna()] if "survived" in frame else []
+    return pd.DataFrame({"index": index, "column": "survived", "value": "<NA>", "rule": _OUTCOME})
+
 
 def judge(
     frame: "pd.DataFrame",  # typed rows, contract columns
@@ -230,7 +241,9 @@ def judge(
     import pandas as pd
 
     found = check_rows(frame)
-    severity = found["rule"].map(severities())
+    if len(lacking := _without_outcome(frame)):
+        found = pd.concat([found, lacking], ignore_index=True)
+    severity = found["rule"].map(severities() | {_OUTCOME: "quarantine"})
     bad = found[severity != "warn"]
     by_rule = _listed(bad, frame, origin)
     parts = [part for part in (rejected, by_rule) if part is not None and len(part)]

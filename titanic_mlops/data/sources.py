@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..ground.store import Artifacts, digest
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 # %% ../../nbs/02_data/02_sources.ipynb #60f7ddf2
 EMBEDDED = "embedded"
@@ -271,7 +273,7 @@ def _read_csv(content: bytes, source: str) -> _Table:
     import pandas as pd
 
     text = _text(content, source)
-    first = text.split("\n", 1)[0]
+    first = next((line for line in io.StringIO(text, newline="") if line.strip("\r\n")), "")
     delimiter = max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records, lines, ragged, header = [], [], [], []
@@ -304,13 +306,70 @@ def _read_csv(content: bytes, source: str) -> _Table:
     cells = pd.DataFrame(records, columns=range(len(header)), dtype=object)
     return _Table(source, header, cells, lines, ragged)
 
+# %% ../../nbs/02_data/02_sources.ipynb #5d3e81c7
+def _takes(kind: "pa.DataType") -> bool:
+    "Whether the values of an Arrow type are texts or numbers."
+    import pyarrow.types as t
+
+    if t.is_dictionary(kind):
+        return _takes(kind.value_type)
+    texts = t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)
+    return texts or t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind) or t.is_null(kind)
+
+
+def _plain(name: str, cells: "pa.ChunkedArray", source: str) -> "pa.ChunkedArray":
+    "The cells of a column, not as codes. Raises `SourceError` if they are no texts or numbers."
+    import pyarrow as pa
+
+    known = {name: target for layout in LAYOUTS.values() for name, target in layout.items()}
+    column = next((c for c in columns() if c.name == known.get(name)), None)
+    if column and not _takes(cells.type):
+        raise SourceError(
+            f"column {name!r} is {cells.type}",
+            where=source,
+            rule=f"a column holds texts or numbers; {rule_text(column)}",
+            do=f"convert it to {'text' if column.kind == 'str' else 'numbers'}, and look why it has this type",
+        )
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.cast(cells.type.value_type)
+    if pa.types.is_string_view(cells.type):
+        cells = cells.cast(pa.large_string())
+    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        _require_unicode(name, cells, source)
+    return cells
+
+
+def _require_unicode(name: str, cells: "pa.ChunkedArray", source: str) -> None:
+    import pyarrow as pa
+
+    try:
+        cells.validate(full=True)
+    except pa.ArrowInvalid:
+        for number, value in enumerate(cells.cast(pa.large_binary()).to_pylist(), 1):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as error:
+                raise SourceError(
+                    f"column {name!r} is not UTF-8: byte 0x{value[error.start]:02x}",
+                    where=f"{source}, row {number}",
+                    rule="texts are UTF-8",
+                    do="write the file again, with texts that were decoded",
+                ) from None
+        raise
+
 # %% ../../nbs/02_data/02_sources.ipynb #7f673ad0
 def _read_parquet(content: bytes, source: str) -> _Table:
+    "A table from Parquet. An index that has a name is a column as the others."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.read_table(io.BytesIO(content))
+        places = [n for n, name in enumerate(table.column_names) if name != "__index_level_0__"]
+        table = table.select(places)
+        arrays = [_plain(name, cells, source) for name, cells in zip(table.column_names, table, strict=True)]
+        plain = pa.Table.from_arrays(arrays, names=[str(n) for n in range(len(arrays))])
+        cells = plain.to_pandas(integer_object_nulls=True, ignore_metadata=True)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"the Parquet file can't be read: {str(error).splitlines()[0]}",
@@ -318,12 +377,10 @@ def _read_parquet(content: bytes, source: str) -> _Table:
             rule="a Parquet file is complete, footer included",
             do="it may be truncated: copy it again",
         ) from None
-    header = [str(name) for name in table.column_names if name != "__index_level_0__"]
-    if not table.num_rows:
+    if not len(cells):
         raise SourceError("the file holds no rows", where=source, do="check where it comes from")
-    cells = table.select(header).to_pandas(integer_object_nulls=True).reset_index(drop=True)
-    cells.columns = range(len(header))
-    return _Table(source, header, cells, list(range(1, len(cells) + 1)), [])
+    cells.columns = range(len(arrays))
+    return _Table(source, table.column_names, cells, list(range(1, len(cells) + 1)), [])
 
 
 def _read_bytes(content: bytes, source: str) -> _Table:
@@ -331,7 +388,7 @@ def _read_bytes(content: bytes, source: str) -> _Table:
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise SourceError(
                 f"the gzip file can't be read: {error}", where=source, do="it may be truncated: copy it again"
             ) from None

@@ -148,7 +148,7 @@ def check(
         more = "" if len(numbers) <= rows else f" and {len(numbers) - rows} more"
         value = f", the first value {found.examples[name][1]!r}" if name in found.examples else ""
         print(f"  {name}: {texts[name]}")
-        print(f"    {len(numbers)} rows: {', '.join(map(str, numbers[:rows]))}{more}{value}")
+        print(f"    {len(numbers)} rows: {', '.join(str(n + 1) for n in numbers[:rows])}{more}{value}")
     bad = len(found.bad_rows())
     print(f"{found.rows} rows, {bad} of them break a rule" if bad else f"{found.rows} rows keep the contract")
     if bad:

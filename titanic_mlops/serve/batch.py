@@ -31,7 +31,7 @@ import numpy as np
 
 from ..data.contract import CONTRACT_VERSION, ROW_RULES, Column, columns, rule_text
 from ..data.rowcheck import looks_of, repeating_columns, require_columns, rule_texts, to_table
-from ..data.sources import MISSING_MARKERS, match_layout
+from ..data.sources import LAYOUTS, MISSING_MARKERS, match_layout
 from ..ground.errors import ParameterError, SourceError, StoreError, TitanicError
 from ..ground.settings import Settings
 from ..ground.store import canonical_json, digest, write_atomic
@@ -170,12 +170,11 @@ class ParquetRows:
 
         self._file, self._handle = file, file.path if file.is_local else file.open()
         with self._readable():
-            with pq.ParquetFile(self._handle) as parquet:
-                repeating = repeating_columns(parquet.metadata)
+            some = partial(pq.ParquetFile, buffer_size=1 << 20)  # not a whole column
+            with some(self._handle) as parquet:
+                repeating = repeating_columns(parquet)
             self._handle = file.path if file.is_local else file.open()
-            self._parquet = pq.ParquetFile(
-                self._handle, read_dictionary=repeating, buffer_size=1 << 20
-            )  # not a whole column
+            self._parquet = some(self._handle, read_dictionary=repeating)
         self.rows: int = self._parquet.metadata.num_rows
         header = [name for name in self._parquet.schema_arrow.names if name != "__index_level_0__"]
         if not self.rows:
@@ -340,24 +339,33 @@ class TextRows:
 _TEXT_ROWS = 16_384  # of a text file, read at a time
 
 
+def _text(head: bytes) -> io.StringIO:
+    "The first bytes of a file, with lines that end where those of the whole file do."
+    return io.StringIO(head.decode("utf-8-sig", "replace"), newline="")
+
+
 class CsvRows(TextRows):
     "Rows of a CSV file. Raises `SourceError` or `ContractError`."
 
     def _look(self, head: bytes) -> list[str]:
         super()._look(head)
-        line = head.decode("utf-8-sig", "replace").lstrip().split("\n", 1)[0]
+        line = next((line for line in _text(head) if line.strip("\r\n")), "")
         self._delimiter = max(",;\t", key=line.count)
-        header = next(csv.reader([line.rstrip("\r")], delimiter=self._delimiter))
+        header = next(self._records(_text(head)), [])
         names = match_layout([name.strip() for name in header], self._file.address)[1]
         return list(names.values())
 
     def _batches(self, text: Any) -> Iterator[tuple["pa.RecordBatch", list[tuple[int, str, str, str]]]]:
+        records = self._records(text)
+        next(records, None)
+        while some := list(itertools.islice(records, _TEXT_ROWS)):
+            yield self._typed(some)
+
+    def _records(self, text: Any) -> Iterator[list[str]]:
+        "The records, header included; lines without a character are none."
         reader = csv.reader(text, delimiter=self._delimiter, strict=True)
-        records = (record for record in reader if record)
         try:
-            next(records, None)
-            while some := list(itertools.islice(records, _TEXT_ROWS)):
-                yield self._typed(some)
+            yield from filter(None, reader)
         except csv.Error as error:
             raise SourceError(
                 f"the CSV can't be read: {error}",
@@ -385,11 +393,34 @@ class CsvRows(TextRows):
         return pa.RecordBatch.from_arrays(arrays, names=self.columns), rejected
 
 # %% ../../nbs/05_serve/12_batch.ipynb #469309aa
+def _object(line: str) -> dict[str, Any] | None:
+    "A line as an object; None if it is none."
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _names_of(
+    first: dict[str, Any], where: str
+) -> dict[str, str]:  # name in the file -> name in the contract
+    "The layout, told from the first object as from a header. Raises `ContractError`."
+    if not first:  # a row that is rejected
+        return {}
+    known = max(LAYOUTS.values(), key=lambda names: len(names.keys() & first.keys()))
+    needed = {c.name for c in columns() if not c.may_be_absent} - {known.get(name) for name in first}
+    absent = [name for name, target in known.items() if target in needed and known.keys() & first.keys()]
+    return LAYOUTS[match_layout([*first, *absent], where)[0]]  # what an object lacks is missing in its row
+
+
 class JsonRows(TextRows):
-    "Rows of an NDJSON file, one object a line. Raises `SourceError`."
+    "Rows of an NDJSON file, one object a line. Raises `SourceError` or `ContractError`."
 
     def _look(self, head: bytes) -> list[str]:
         super()._look(head)
+        first = next((line for line in _text(head) if line.strip()), "")
+        self._names = _names_of(_object(first) or {}, self._file.address)
         return [c.name for c in columns()]
 
     def _batches(self, text: Any) -> Iterator[tuple["pa.RecordBatch", list[tuple[int, str, str, str]]]]:
@@ -397,16 +428,15 @@ class JsonRows(TextRows):
         while some := list(itertools.islice(lines, _TEXT_ROWS)):
             records, rejected = [], []
             for at, line in enumerate(some):
-                try:
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError
-                except (ValueError, RecursionError):
-                    record = {}
+                record = _object(line)
+                if record is None:
                     rejected.append((at, "", "a line is one JSON object", line.strip()[:200]))
-                records.append(record)
+                named = {self._names.get(name, name): value for name, value in (record or {}).items()}
+                if record and len(named) < len(record):
+                    rejected.append((at, "", "a column is there once", line.strip()[:200]))
+                records.append(named)
             table, refused = to_table(records)
-            rejected += [(one.row, one.column, one.rule, _as_text(one.value)) for one in refused]
+            rejected += [(one.row, _as_text(one.column), one.rule, _as_text(one.value)) for one in refused]
             yield table.combine_chunks().to_batches()[0], rejected
 
 
@@ -468,8 +498,16 @@ def score_batch(
     good = np.ones(len(batch), bool)
     good[[one.row - first - 1 for one in rejected]] = False
     probabilities = np.full(len(batch), np.nan, np.float32)
-    probabilities[good] = model.predict(batch.filter(pa_mask(good)))
+    probabilities[good] = model.predict(_without_views(batch).filter(pa_mask(good)))
     return probabilities, rejected
+
+
+def _without_views(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    "The batch with views as texts: Arrow can't filter views."
+    import pyarrow as pa
+
+    arrays = [_plain(cells) if pa.types.is_string_view(cells.type) else cells for cells in batch.columns]
+    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
 
 
 def pa_mask(flags: np.ndarray) -> "pa.BooleanArray":
@@ -816,10 +854,12 @@ class _Desk:
 
 
 def _plain(cells: "pa.Array") -> "pa.Array":
-    "Cells as the output has them, not as codes."
+    "Cells as they are, neither codes nor views."
     import pyarrow as pa
 
-    return cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    return cells.cast(pa.large_string()) if pa.types.is_string_view(cells.type) else cells
 
 # %% ../../nbs/05_serve/12_batch.ipynb #4a9a8099
 def _kinds(rows: ParquetRows | TextRows, keep: Sequence[str]) -> "pa.Schema":
@@ -883,8 +923,19 @@ def _with_types(batch: "pa.RecordBatch", kinds: "pa.Schema") -> "pa.RecordBatch"
     "Some columns of a batch with other types."
     import pyarrow as pa
 
-    arrays = [_plain(batch.column(one.name)).cast(one.type, safe=False) for one in kinds]
+    arrays = [_cast(batch.column(one.name), one.type) for one in kinds]
     return pa.RecordBatch.from_arrays(arrays, schema=kinds) if arrays else batch.select([])
+
+
+def _cast(cells: "pa.Array", kind: "pa.DataType") -> "pa.Array":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    cells = _plain(cells)
+    if pa.types.is_integer(kind) and pa.types.is_floating(cells.type):
+        cells = cells.cast(pa.float64())
+        cells = pc.if_else(pc.is_nan(cells), pa.scalar(None, pa.float64()), cells)  # no integer says missing
+    return cells.cast(kind, safe=False)
 
 # %% ../../nbs/05_serve/12_batch.ipynb #5bcbb870
 def score_file(
@@ -899,12 +950,7 @@ def score_file(
 ) -> Scored:
     "Score one file. Raises `TitanicError`; what is done by then is kept, and the same call goes on from there."
     where, stamp = source.address, None
-    if (
-        source.is_local
-        and places.target.is_local
-        and os.path.realpath(source.path) == os.path.realpath(places.target.path)
-    ):
-        raise ParameterError("input and output are the same file", where=where, do="name another output")
+    _require_apart(source, places)
     with _told_as(where, "the file can't be read"):
         stamp = source.stamp()
     key = {"source": where, "stamp": stamp, "contract": CONTRACT_VERSION, **asdict(task), "format": 1}
@@ -933,6 +979,18 @@ def score_file(
             journal.close()
             places.aside("partial").unlink(missing_ok=True)
             places.aside("rejected").unlink(missing_ok=True)
+
+# %% ../../nbs/05_serve/12_batch.ipynb #07352111
+def _require_apart(source: File, places: Places) -> None:
+    "Raise `ParameterError` if the input is a file that the run would write, or remove."
+    if source.fs.protocol != places.target.fs.protocol:
+        return
+    place = os.path.realpath if source.is_local else str
+    made = {"output": places.target.path, "rejections": places.rejections, "record": places.record}
+    for what, path in made.items():
+        if place(source.path) == place(path):
+            same = "input and output" if what == "output" else f"the input and the output's {what}"
+            raise ParameterError(f"{same} are the same file", where=source.address, do="name another output")
 
 # %% ../../nbs/05_serve/12_batch.ipynb #8699516c
 def _publish(places: Places, desk: _Desk, journal: Journal, said: dict[str, Any], resumed: int) -> Scored:

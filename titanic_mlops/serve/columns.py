@@ -269,6 +269,15 @@ def _cells(batch: "pa.RecordBatch", name: str) -> "pa.Array":
     return cells
 
 # %% ../../nbs/05_serve/11_columns.ipynb #7f0f9c4c
+def _dictionary(cells: "pa.Array") -> tuple["pa.Array", list[str]]:
+    "Cells as codes, and the texts of the codes."
+    try:
+        return cells, cells.dictionary.to_pylist()
+    except UnicodeDecodeError:  # the text of a row that was rejected, perhaps of another batch
+        cells = cells.dictionary_decode().dictionary_encode()
+        return cells, cells.dictionary.to_pylist()
+
+
 def _choice_codes(cells: "pa.Array", choices: dict[Any, int]) -> np.ndarray:
     "The number of each text, one more than the greatest for a missing one."
     import pyarrow as pa
@@ -277,7 +286,7 @@ def _choice_codes(cells: "pa.Array", choices: dict[Any, int]) -> np.ndarray:
         return np.full(len(cells), len(choices), np.int32)
     if not pa.types.is_dictionary(cells.type):
         cells = cells.dictionary_encode()
-    said = cells.dictionary.to_pylist()
+    cells, said = _dictionary(cells)
     if unknown := [value for value in said if value not in choices]:
         used = set(cells.indices.unique().to_pylist())
         if strange := [value for value in unknown if said.index(value) in used]:
@@ -385,7 +394,8 @@ class Encoder:
         cabins, decks = _cells(batch, "cabin"), self.groups.decks
         if not pa.types.is_dictionary(cabins.type):
             cabins = cabins.cast(pa.string()).dictionary_encode()
-        said = [*cabins.dictionary.to_pylist(), None]
+        cabins, texts = _dictionary(cabins)
+        said = [*texts, None]
         codes = np.array([decks.setdefault(deck(one), len(decks)) for one in said], np.int64)
         return codes[cabins.indices.fill_null(len(said) - 1).to_numpy(zero_copy_only=False)]
 
