@@ -444,3 +444,13 @@ def _through_a_bucket(bucket, protocol: str, bundle: Path, tmp_path: Path) -> No
     again = scoring.score(model, f"{protocol}://ship/lists/*", f"{protocol}://ship/out/", task, own)
     assert [one.recalled for one in again] == [True, True]
     assert not list((tmp_path / "store" / "scoring").iterdir())
+
+
+def test_no_output_is_the_list_of_anothers_rejected_rows():
+    from titanic_mlops.ground.errors import ParameterError
+    from titanic_mlops.serve.batch import File, outputs_of
+
+    files = [File(name, None, f"in/{name}") for name in ("a.csv", "a.rejected.csv")]
+    with pytest.raises(ParameterError, match="the same output"):
+        outputs_of(files, "in", "out", "csv")
+    assert outputs_of(files[:1], "in", "out", "csv") == ["out/a.csv"]

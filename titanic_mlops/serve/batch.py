@@ -1034,20 +1034,23 @@ def outputs_of(
     out: str,  # the folder
     ending: str = "parquet",
 ) -> list[str]:  # an output for each
-    "Where the output of each file goes. Raises `ParameterError` if two would be the same."
+    "Where the output of each file goes. Raises `ParameterError` if two would be the same, or one the other's rejections."
     found: dict[str, str] = {}
+    taken: dict[str, str] = {}  # a place -> whose it is
     for file in files:
         name = file.path[len(base) :].lstrip("/")
         stem = name.removesuffix(".gz").rpartition(".")[0] if kind_of(name) else name
         target = f"{out.rstrip('/')}/{stem}.{ending}"
-        if target in found.values():
-            other = next(one for one, where in found.items() if where == target)
+        claims = {target, f"{out.rstrip('/')}/{stem}.rejected.{ending}"}
+        if claims & taken.keys():
+            other = next(taken[one] for one in claims if one in taken)
             raise ParameterError(
                 "two inputs would have the same output",
                 where=f"{other} and {file.address}",
                 do="score them apart",
             )
         found[file.address] = target
+        taken |= dict.fromkeys(claims, file.address)
     return list(found.values())
 
 # %% ../../nbs/05_serve/12_batch.ipynb #5016b330
