@@ -234,6 +234,29 @@ def registered(own: Settings, folder: Path, C: float = 100.0):
     return registry, registry.register(weak_bundle(folder, C), run.info.run_id)
 
 
+@pytest.mark.parametrize("rejudged", [False, True])
+def test_the_opponent_after_a_run_that_was_killed(tmp_path: Path, rejudged: bool):
+    "The champion before, if the killed run has made the challenger champion; not if it has only judged it again."
+    from titanic_mlops.model.gate import Decision
+
+    registry, version = registered(settings(store=tmp_path / "store", mlflow_uri=""), tmp_path / "weak")
+    experiment = registry.client.get_experiment_by_name(registry.settings.mlflow_experiment).experiment_id
+    runs = [registry.client.create_run(experiment).info.run_id for _ in range(2)]
+    registry.follow(Decision(promote=True, reason="first", conditions=[]), version, None, runs[0])
+    if rejudged:
+        registry.client.set_terminated(runs[0], "FINISHED")
+        assert registry.opponent(version.digest).number == 1
+        same = Decision(promote=False, reason="the same", conditions=[])
+        registry.follow(same, version, registry.alias("champion"), runs[1])
+    for run in runs[rejudged:]:
+        registry.client.set_terminated(run, "KILLED")
+    opponent = registry.opponent(version.digest)
+    assert (opponent and opponent.number) == (1 if rejudged else None)
+    if not rejudged:  # killed once more, in the middle of writing down the verdict
+        registry.client.set_model_version_tag(registry.model, "1", "gate", "undecided")
+        assert registry.opponent(version.digest) is None
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, Settings]:
     "Version 1 serves by an override; a quick run makes version 2, which is better."
