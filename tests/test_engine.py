@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from checkout import QUICK, ROOT, Checkout, checkout
 
+from titanic_mlops.flow import steps
 from titanic_mlops.flow.kernels import parents
+from titanic_mlops.ground.errors import ParameterError, StepError
 
 pytestmark = pytest.mark.long
 
@@ -144,6 +146,52 @@ def test_a_parameters_cell_that_cannot_be_parsed(forked, finished):
         )
     assert done.returncode == 2
     assert "06_score.ipynb, cell 4, line 1" in done.stderr, done.stderr
+
+
+UNREADABLE = {
+    "(\n": 2,  # not closed
+    "a: str = 'x": 2,
+    "a: int = = 3": 2,
+    "_seed: int = 3": 2,  # pydantic takes no names like it
+    "a: Annotated[int, Field(ge='x')] = 3": 2,
+    "a: Field = 3": 2,
+    "a: Literal.nothing = 3": 2,
+    "a: nothing = 3": 2,
+}
+
+
+@pytest.mark.parametrize("source", UNREADABLE)
+def test_whatever_is_wrong_with_a_parameters_cell_is_said_with_its_line(tmp_path: Path, source: str):
+    cell = {
+        "cell_type": "code",
+        "metadata": {"tags": ["parameters"]},
+        "source": f"b: int = 1  # fine\n{source}",
+    }
+    notebook = tmp_path / "03_train.ipynb"
+    notebook.write_text(json.dumps({"cells": [cell]}))
+    with pytest.raises(ParameterError) as caught:
+        steps.parameters_model(notebook)
+    assert caught.value.where == f"03_train.ipynb, cell 1, line {UNREADABLE[source]}"
+    assert caught.value.do and "\n" not in caught.value.what
+
+
+def test_a_bound_that_does_not_go_with_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = "a: Annotated[str, Field(gt=0)] = 'x'"
+    notebook = tmp_path / "03_train.ipynb"
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}
+    notebook.write_text(json.dumps({"cells": [cell]}))
+    monkeypatch.setattr(steps, "notebook_of", lambda step: notebook)
+    with pytest.raises(ParameterError, match="constraint 'gt'"):
+        steps.check_parameters("train", {})
+
+
+def test_a_notebook_with_the_marks_of_a_merge(tmp_path: Path):
+    notebook = tmp_path / "03_train.ipynb"
+    for text, line in (('{"cells": [\n<<<<<<< HEAD\n]}', ", line 2"), ("[]", ""), ('{"cells": [{}]}', "")):
+        notebook.write_text(text)
+        with pytest.raises(StepError, match="can't be read") as caught:
+            steps.parameters_model(notebook)
+        assert caught.value.where == f"{notebook}{line}"
 
 
 def test_from_a_step_that_there_is_not(fresh: Checkout):
