@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from checkout import QUICK, ROOT, Checkout, checkout
 
-from titanic_mlops.flow import steps
+from titanic_mlops.flow import pipeline, steps
 from titanic_mlops.flow.kernels import parents
-from titanic_mlops.ground.errors import ParameterError, StepError
+from titanic_mlops.ground.errors import ParameterError, StepError, explain
+from titanic_mlops.ground.logs import open_log
+from titanic_mlops.ground.settings import Settings
 
 pytestmark = pytest.mark.long
 
@@ -332,6 +334,23 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run(tmp_path: Path):
     finally:
         own.titanic("down")
         subprocess.run(["umount", "-l", str(own.store)], check=True)
+
+
+def test_a_database_on_a_full_disk_is_not_a_prefect_that_is_gone(tmp_path: Path, monkeypatch):
+    import sqlalchemy
+    from sqlalchemy.exc import OperationalError
+
+    def full(run, jobs, done):
+        with sqlalchemy.create_engine("sqlite://").connect() as database:
+            database.exec_driver_sql("pragma max_page_count = 2")
+            database.exec_driver_sql("create table runs as select zeroblob(100000) as row")
+
+    told = []
+    monkeypatch.setattr(pipeline, "_with_prefect", full)
+    run = pipeline._Run(Settings(store=tmp_path), None, told.append, open_log(tmp_path / "log"))
+    with pytest.raises(OperationalError) as caught:
+        pipeline._all_jobs(run, [])
+    assert told == [] and explain(caught.value).what == "the disk is full (database or disk is full)"
 
 
 # --- what runs once
