@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from checkout import QUICK, ROOT, Checkout, checkout
 
-from titanic_mlops.flow import pipeline, steps
+from titanic_mlops.flow import execution, pipeline, steps
 from titanic_mlops.flow.kernels import parents
 from titanic_mlops.ground.errors import ParameterError, StepError, explain
 from titanic_mlops.ground.logs import open_log
@@ -293,6 +293,27 @@ def test_a_cell_may_not_run_for_ever(validated: Checkout):
     done = validated.titanic("run", "model=boosting", "cv.repeats=20", "seed=78", TITANIC_CELL_TIMEOUT="2")
     assert done.returncode == 2
     assert "ran for more than 2 s" in done.stderr and "TITANIC_CELL_TIMEOUT" in done.stderr
+
+
+def test_outputs_that_do_not_arrive_are_not_a_cell_that_runs_too_long(monkeypatch: pytest.MonkeyPatch):
+    from types import SimpleNamespace
+
+    from nbclient.exceptions import CellTimeoutError
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    notebook, clients = new_notebook(cells=[new_code_cell("fit()")]), []
+    manager = SimpleNamespace(nb=notebook, cell_start=lambda *_: None)
+    monkeypatch.setattr(execution, "_execute", lambda manager, client, *more: clients.append(client))
+    engine = execution._engine(None, {}, execution.Stop())
+    engine.execute_managed_notebook(manager, "python3", execution_timeout=3600)
+    monkeypatch.undo()
+    [client] = clients
+    assert (client.timeout, client.iopub_timeout) == (3600, 60)
+    for text, said in (("Timeout waiting for IOPub output", "its outputs did not"), ("timed out", "3600 s")):
+        error = CellTimeoutError.error_from_timeout_and_cell(text, 60, notebook.cells[0])
+        client.execute = lambda env, error=error: (_ for _ in ()).throw(error)
+        with pytest.raises(StepError, match=said):
+            execution._execute(manager, client, {}, None, execution.Stop())
 
 
 def test_a_prefect_server_that_goes_away_does_not_take_the_run_along(validated: Checkout):

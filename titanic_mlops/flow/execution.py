@@ -132,12 +132,11 @@ def _execute(
         raise StepError(what, where="by hand, or because memory ran out", do=_AGAIN) from error
     except CellTimeoutError as error:
         what = f"the cell ran for more than {client.timeout} s"
-        raise _broken_off(
-            nb_man.nb,
-            at,
-            what,
-            "raise the limit: TITANIC_CELL_TIMEOUT (0: none), or cell_timeout in settings.ini",
-        ) from error
+        do = "raise the limit: TITANIC_CELL_TIMEOUT (0: none), or cell_timeout in settings.ini"
+        if "IOPub" in str(error):  # it has replied that it is done
+            what = f"the cell ended, but its outputs did not arrive within {client.iopub_timeout} s"
+            do = f"see what else keeps this machine busy; {_AGAIN}"
+        raise _broken_off(nb_man.nb, at, what, do) from error
 
 # %% ../../nbs/04_flow/05_execution.ipynb #bf5868b0
 def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Stop) -> type:
@@ -165,6 +164,7 @@ def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Sto
                 nb_man,
                 timeout=execution_timeout,
                 startup_timeout=start_timeout,
+                iopub_timeout=60,  # a machine may stand still for longer than the 4 s that are usual
                 kernel_name=kernel_name,
                 extra_arguments=["--log-level=50"],  # neither its transport on loopback nor its end is news
             )
