@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from checkout import QUICK, ROOT, Checkout, checkout
 
-from titanic_mlops.flow import execution, pipeline, steps
+from titanic_mlops.flow import cache, execution, pipeline, reporting, steps
 from titanic_mlops.flow.kernels import parents
 from titanic_mlops.ground.errors import ParameterError, StepError, explain
 from titanic_mlops.ground.logs import open_log
 from titanic_mlops.ground.settings import Settings
+from titanic_mlops.ground.store import digest_folder
 
 pytestmark = pytest.mark.long
 
@@ -113,6 +114,45 @@ def test_an_edited_cell_a_parameter_and_a_step_that_is_asked_for(forked):
         and "as asked" in said["evaluate"]
         and "as asked" in said["report"]
     )
+
+
+def kept(store: Path) -> tuple[steps.Job, cache.Key, Path]:
+    "A result as a step leaves it, made by hand."
+    job, key = steps.Job("score"), cache.Key({"code": "1"})
+    folder = cache.folder_of(job, key, store)
+    (folder / "outputs").mkdir(parents=True)
+    (folder / "outputs" / "scored.csv").write_text("0.5")
+    metrics = {"scored": 1, "predicted_survivors": 1, "mean_probability": 0.5, "roc_auc": float("nan")}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    manifest = {"key": key.parts, "outputs": digest_folder(folder / "outputs"), "metrics": metrics}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"context": {}, "seconds": 1.5}))
+    return job, key, folder
+
+
+@pytest.mark.parametrize("what", ["metrics.json", "gone", "seconds", "metrics", "context", "outputs"])
+def test_a_result_that_does_not_say_all_that_it_should_is_made_again(tmp_path: Path, what: str):
+    job, key, folder = kept(tmp_path)
+    assert cache.recall(job, key, tmp_path) and cache.why_unknown(job, key, tmp_path) == ""
+    file = folder / "metrics.json"
+    if what == "metrics.json":
+        file.write_bytes(file.read_bytes()[:9])
+    elif what == "gone":
+        file.unlink()
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest[what]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert cache.recall(job, key, tmp_path) is None
+    why = cache.why_unknown(job, key, tmp_path)
+    assert "the kept result is damaged" in why and ("metrics.json" in why) == (
+        what in ("metrics.json", "gone")
+    )
+
+
+def test_the_report_reads_figures_where_they_have_a_digest(tmp_path: Path):
+    _, _, folder = kept(tmp_path)
+    (folder / "metrics.json").write_text("{")
+    assert reporting._scored(folder).mean_probability == 0.5
 
 
 def test_a_parameter_that_nothing_reads_is_reported(forked, finished):

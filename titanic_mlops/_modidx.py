@@ -665,6 +665,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'titanic_mlops.flow.cache._nearest': ( '04_flow/cache.html#_nearest',
                                                                                  'titanic_mlops/flow/cache.py'),
                                           'titanic_mlops.flow.cache._plain': ('04_flow/cache.html#_plain', 'titanic_mlops/flow/cache.py'),
+                                          'titanic_mlops.flow.cache._same_metrics': ( '04_flow/cache.html#_same_metrics',
+                                                                                      'titanic_mlops/flow/cache.py'),
                                           'titanic_mlops.flow.cache.downstream': ( '04_flow/cache.html#downstream',
                                                                                    'titanic_mlops/flow/cache.py'),
                                           'titanic_mlops.flow.cache.extra_inputs': ( '04_flow/cache.html#extra_inputs',

@@ -213,6 +213,19 @@ def folder_of(job: Job, key: Key, store: Path) -> Path:
     return Path(store) / "steps" / job.name / key.digest[:20]
 
 
+_FACTS: dict[str, Any] = {"metrics": dict, "context": dict, "seconds": (int, float)}  # what a recall tells of
+
+
+def _same_metrics(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    "Does the file that the steps after it read say what the manifest says?"
+    file = folder / "metrics.json"
+    try:
+        said = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        return False
+    return canonical_json(said) == canonical_json(manifest["metrics"])  # as text: nan is not nan
+
+
 def _damage(
     folder: Path,  # of a result
     key: Key,
@@ -225,8 +238,15 @@ def _damage(
         changed = sorted(
             f for f in {*kept, *manifest["outputs"]} if kept.get(f) != manifest["outputs"].get(f)
         )
-        return manifest, f"outputs/{changed[0]} is not what its manifest says" if changed else ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if changed:
+            return manifest, f"outputs/{changed[0]} is not what its manifest says"
+        lacking = [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)]
+        if lacking:
+            return {}, f"its manifest lacks {lacking[0]}"
+        return manifest, "" if _same_metrics(
+            folder, manifest
+        ) else "metrics.json is not what its manifest says"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"its manifest can't be read ({type(error).__name__})"
 
 
@@ -274,7 +294,7 @@ def _nearest(
     "The earlier result of a job whose key differs in the fewest parts, the newest of these."
     found = []
     for file in (Path(store) / "steps" / job.name).glob("[!.]*/manifest.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             other = json.loads(file.read_bytes())["key"]
             parts = [part for part in key.differs(other) if part not in open_parts]
             found.append((len(parts), -file.stat().st_mtime, parts, other))
