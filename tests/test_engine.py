@@ -149,6 +149,39 @@ def test_a_result_that_does_not_say_all_that_it_should_is_made_again(tmp_path: P
     )
 
 
+@pytest.mark.parametrize("edit", ["nothing", "prose", "code", "source"])
+def test_what_was_edited_while_it_waited_is_not_kept(tmp_path: Path, monkeypatch, edit: str):
+    notebook, source = tmp_path / "01_ingest.ipynb", tmp_path / "rows.csv"
+    shutil.copy(steps.notebook_of("ingest"), notebook)
+    source.write_text("a,b")
+    for module in (cache, execution):
+        monkeypatch.setattr(module, "notebook_of", lambda step: notebook)
+
+    def run(given, output, *more):  # the notebook as it is by now
+        if edit in ("prose", "code"):
+            cells = json.loads(notebook.read_text())
+            kind = {"prose": "markdown", "code": "code"}[edit]
+            [*_, last] = [cell for cell in cells["cells"] if cell["cell_type"] == kind]
+            last["source"] = ["1 + 1"]
+            notebook.write_text(json.dumps(cells))
+        if edit == "source":
+            source.write_text("a,b,c")
+        shutil.copy(notebook, output)
+
+    monkeypatch.setattr(execution, "run_notebook", run)
+    job = steps.Job("ingest", parameters={"source": str(source)})
+    own = Settings(store=tmp_path / "store")
+    key = cache.key_of(job, cache.extra_inputs(job, own))
+    if edit in ("nothing", "prose"):
+        execution.execute(job, key, {}, own)
+        assert cache.recall(job, key, own.store)
+        return
+    with pytest.raises(StepError, match="was edited while step ingest waited") as caught:
+        execution.execute(job, key, {}, own)
+    assert "run again" in caught.value.do and "kept:" in str(caught.value)
+    assert not cache.folder_of(job, key, own.store).exists()
+
+
 def test_the_report_reads_figures_where_they_have_a_digest(tmp_path: Path):
     _, _, folder = kept(tmp_path)
     (folder / "metrics.json").write_text("{")
