@@ -182,6 +182,30 @@ def test_what_was_edited_while_it_waited_is_not_kept(tmp_path: Path, monkeypatch
     assert not cache.folder_of(job, key, own.store).exists()
 
 
+def test_a_key_holds_templates_that_a_template_includes():
+    found = cache.module_digests(["import titanic_mlops.model.report"])
+    assert {f"titanic_mlops.model.report {kind}.html.j2" for kind in ("report", "style")} <= set(found)
+    found = cache.module_digests(["import titanic_mlops.watch.report"])  # whose style is another folder's
+    assert {f"titanic_mlops.watch.report {kind}.html.j2" for kind in ("report", "style")} <= set(found)
+
+
+def test_a_key_holds_a_kernel_and_a_place_of_snapshots_that_are_not_the_usual_ones(tmp_path: Path):
+    ingest, score = steps.Job("ingest", parameters={"source": "embedded"}), steps.Job("score")
+    usual, *others = [
+        [cache.extra_inputs(job, Settings(store=tmp_path / name, **more)) for job in (ingest, score)]
+        for name, more in [
+            ("one", {}),
+            ("two", {}),
+            ("one", {"kernel": "python3"}),
+            ("one", {"artifacts": "s3://bucket/a"}),
+            ("one", {"kernel": "julia"}),
+        ]
+    ]
+    assert others[0] == others[1] == usual and set(usual[0]) == {"source"} and usual[1] == {}
+    assert set(others[2][0]) == {"source", "artifacts"} and others[2][1] == {}
+    assert set(others[3][0]) == {"source", "kernel"} and set(others[3][1]) == {"kernel"}
+
+
 def test_the_report_reads_figures_where_they_have_a_digest(tmp_path: Path):
     _, _, folder = kept(tmp_path)
     (folder / "metrics.json").write_text("{")

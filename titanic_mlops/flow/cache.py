@@ -64,9 +64,17 @@ def _imported(source: str, package: Sequence[str] = ()) -> Iterable[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 # %% ../../nbs/04_flow/04_cache.ipynb #f688722b
+_INCLUDED = re.compile(r"""{%-?\s*(?:include|extends|import|from)\s+["']([^"']+)["']""")  # by a template
+
+
 def _beside(module: Path) -> list[Path]:
-    "Files that carry a module's name and belong to it, such as the report's template."
-    return [f for f in sorted(module.parent.glob(f"{module.name}.*")) if not f.suffix.startswith(".py")]
+    "Files that carry a module's name and belong to it, such as the report's template, and templates that these include."
+    found = [f for f in sorted(module.parent.glob(f"{module.name}.*")) if not f.suffix.startswith(".py")]
+    for file in found:  # grows
+        for name in _INCLUDED.findall(file.read_text()) if file.suffix == ".j2" else ():
+            places = [module.parent / name, *sorted(PACKAGE.glob(f"*/{name}"))]
+            found += [f for f in places if f.is_file() and f not in found][:1]
+    return found
 
 
 def module_digests(
@@ -324,16 +332,20 @@ def extra_inputs(
     job: Job,
     settings: Settings,
 ) -> dict[str, str]:
-    "What a job depends on besides other jobs: the bytes of its source, the registry that it changes."
+    "What a job depends on besides other jobs: the bytes of its source, places that it writes to, its kernel."
+    usual = settings.kernel in ("", "python3", "titanic-warm")  # all of this environment
+    own = {} if usual else {"kernel": digest(settings.kernel.encode())}
     if job.step == "ingest":
-        return {"source": source_stamp(job.parameters["source"])}
+        if settings.artifacts:  # inside the store they come and go with it
+            own["artifacts"] = digest(settings.artifacts.encode())
+        return own | {"source": source_stamp(job.parameters["source"])}
     if job.step == "promote":
         registry = f"{settings.tracking_uri} {settings.mlflow_model}"
         keys = (
             f" {settings.signing_key} {settings.trusted_keys}".rstrip()
         )  # a bundle that is not signed is no result
-        return {"registry": digest(f"{registry}{keys}".encode())}
-    return {}
+        return own | {"registry": digest(f"{registry}{keys}".encode())}
+    return own
 
 # %% ../../nbs/04_flow/04_cache.ipynb #cfdd43f9
 @dataclass(frozen=True)
