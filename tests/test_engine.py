@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 from checkout import QUICK, ROOT, Checkout, checkout
 
+from titanic_mlops.flow import cache, execution, pipeline, reporting, steps
 from titanic_mlops.flow.kernels import parents
+from titanic_mlops.ground.errors import ParameterError, StepError, explain
+from titanic_mlops.ground.logs import open_log
+from titanic_mlops.ground.settings import Settings
+from titanic_mlops.ground.store import digest_folder
 
 pytestmark = pytest.mark.long
 
@@ -111,6 +116,102 @@ def test_an_edited_cell_a_parameter_and_a_step_that_is_asked_for(forked):
     )
 
 
+def kept(store: Path) -> tuple[steps.Job, cache.Key, Path]:
+    "A result as a step leaves it, made by hand."
+    job, key = steps.Job("score"), cache.Key({"code": "1"})
+    folder = cache.folder_of(job, key, store)
+    (folder / "outputs").mkdir(parents=True)
+    (folder / "outputs" / "scored.csv").write_text("0.5")
+    metrics = {"scored": 1, "predicted_survivors": 1, "mean_probability": 0.5, "roc_auc": float("nan")}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    manifest = {"key": key.parts, "outputs": digest_folder(folder / "outputs"), "metrics": metrics}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"context": {}, "seconds": 1.5}))
+    return job, key, folder
+
+
+@pytest.mark.parametrize("what", ["metrics.json", "gone", "seconds", "metrics", "context", "outputs"])
+def test_a_result_that_does_not_say_all_that_it_should_is_made_again(tmp_path: Path, what: str):
+    job, key, folder = kept(tmp_path)
+    assert cache.recall(job, key, tmp_path) and cache.why_unknown(job, key, tmp_path) == ""
+    file = folder / "metrics.json"
+    if what == "metrics.json":
+        file.write_bytes(file.read_bytes()[:9])
+    elif what == "gone":
+        file.unlink()
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest[what]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert cache.recall(job, key, tmp_path) is None
+    why = cache.why_unknown(job, key, tmp_path)
+    assert "the kept result is damaged" in why and ("metrics.json" in why) == (
+        what in ("metrics.json", "gone")
+    )
+
+
+@pytest.mark.parametrize("edit", ["nothing", "prose", "code", "source"])
+def test_what_was_edited_while_it_waited_is_not_kept(tmp_path: Path, monkeypatch, edit: str):
+    notebook, source = tmp_path / "01_ingest.ipynb", tmp_path / "rows.csv"
+    shutil.copy(steps.notebook_of("ingest"), notebook)
+    source.write_text("a,b")
+    for module in (cache, execution):
+        monkeypatch.setattr(module, "notebook_of", lambda step: notebook)
+
+    def run(given, output, *more):  # the notebook as it is by now
+        if edit in ("prose", "code"):
+            cells = json.loads(notebook.read_text())
+            kind = {"prose": "markdown", "code": "code"}[edit]
+            [*_, last] = [cell for cell in cells["cells"] if cell["cell_type"] == kind]
+            last["source"] = ["1 + 1"]
+            notebook.write_text(json.dumps(cells))
+        if edit == "source":
+            source.write_text("a,b,c")
+        shutil.copy(notebook, output)
+
+    monkeypatch.setattr(execution, "run_notebook", run)
+    job = steps.Job("ingest", parameters={"source": str(source)})
+    own = Settings(store=tmp_path / "store")
+    key = cache.key_of(job, cache.extra_inputs(job, own))
+    if edit in ("nothing", "prose"):
+        execution.execute(job, key, {}, own)
+        assert cache.recall(job, key, own.store)
+        return
+    with pytest.raises(StepError, match="was edited while step ingest waited") as caught:
+        execution.execute(job, key, {}, own)
+    assert "run again" in caught.value.do and "kept:" in str(caught.value)
+    assert not cache.folder_of(job, key, own.store).exists()
+
+
+def test_a_key_holds_templates_that_a_template_includes():
+    found = cache.module_digests(["import titanic_mlops.model.report"])
+    assert {f"titanic_mlops.model.report {kind}.html.j2" for kind in ("report", "style")} <= set(found)
+    found = cache.module_digests(["import titanic_mlops.watch.report"])  # whose style is another folder's
+    assert {f"titanic_mlops.watch.report {kind}.html.j2" for kind in ("report", "style")} <= set(found)
+
+
+def test_a_key_holds_a_kernel_and_a_place_of_snapshots_that_are_not_the_usual_ones(tmp_path: Path):
+    ingest, score = steps.Job("ingest", parameters={"source": "embedded"}), steps.Job("score")
+    usual, *others = [
+        [cache.extra_inputs(job, Settings(store=tmp_path / name, **more)) for job in (ingest, score)]
+        for name, more in [
+            ("one", {}),
+            ("two", {}),
+            ("one", {"kernel": "python3"}),
+            ("one", {"artifacts": "s3://bucket/a"}),
+            ("one", {"kernel": "julia"}),
+        ]
+    ]
+    assert others[0] == others[1] == usual and set(usual[0]) == {"source"} and usual[1] == {}
+    assert set(others[2][0]) == {"source", "artifacts"} and others[2][1] == {}
+    assert set(others[3][0]) == {"source", "kernel"} and set(others[3][1]) == {"kernel"}
+
+
+def test_the_report_reads_figures_where_they_have_a_digest(tmp_path: Path):
+    _, _, folder = kept(tmp_path)
+    (folder / "metrics.json").write_text("{")
+    assert reporting._scored(folder).mean_probability == 0.5
+
+
 def test_a_parameter_that_nothing_reads_is_reported(forked, finished):
     place, _ = forked
     own: Checkout = finished[0]
@@ -144,6 +245,52 @@ def test_a_parameters_cell_that_cannot_be_parsed(forked, finished):
         )
     assert done.returncode == 2
     assert "06_score.ipynb, cell 4, line 1" in done.stderr, done.stderr
+
+
+UNREADABLE = {
+    "(\n": 2,  # not closed
+    "a: str = 'x": 2,
+    "a: int = = 3": 2,
+    "_seed: int = 3": 2,  # pydantic takes no names like it
+    "a: Annotated[int, Field(ge='x')] = 3": 2,
+    "a: Field = 3": 2,
+    "a: Literal.nothing = 3": 2,
+    "a: nothing = 3": 2,
+}
+
+
+@pytest.mark.parametrize("source", UNREADABLE)
+def test_whatever_is_wrong_with_a_parameters_cell_is_said_with_its_line(tmp_path: Path, source: str):
+    cell = {
+        "cell_type": "code",
+        "metadata": {"tags": ["parameters"]},
+        "source": f"b: int = 1  # fine\n{source}",
+    }
+    notebook = tmp_path / "03_train.ipynb"
+    notebook.write_text(json.dumps({"cells": [cell]}))
+    with pytest.raises(ParameterError) as caught:
+        steps.parameters_model(notebook)
+    assert caught.value.where == f"03_train.ipynb, cell 1, line {UNREADABLE[source]}"
+    assert caught.value.do and "\n" not in caught.value.what
+
+
+def test_a_bound_that_does_not_go_with_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = "a: Annotated[str, Field(gt=0)] = 'x'"
+    notebook = tmp_path / "03_train.ipynb"
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}
+    notebook.write_text(json.dumps({"cells": [cell]}))
+    monkeypatch.setattr(steps, "notebook_of", lambda step: notebook)
+    with pytest.raises(ParameterError, match="constraint 'gt'"):
+        steps.check_parameters("train", {})
+
+
+def test_a_notebook_with_the_marks_of_a_merge(tmp_path: Path):
+    notebook = tmp_path / "03_train.ipynb"
+    for text, line in (('{"cells": [\n<<<<<<< HEAD\n]}', ", line 2"), ("[]", ""), ('{"cells": [{}]}', "")):
+        notebook.write_text(text)
+        with pytest.raises(StepError, match="can't be read") as caught:
+            steps.parameters_model(notebook)
+        assert caught.value.where == f"{notebook}{line}"
 
 
 def test_from_a_step_that_there_is_not(fresh: Checkout):
@@ -245,6 +392,27 @@ def test_a_cell_may_not_run_for_ever(validated: Checkout):
     assert "ran for more than 2 s" in done.stderr and "TITANIC_CELL_TIMEOUT" in done.stderr
 
 
+def test_outputs_that_do_not_arrive_are_not_a_cell_that_runs_too_long(monkeypatch: pytest.MonkeyPatch):
+    from types import SimpleNamespace
+
+    from nbclient.exceptions import CellTimeoutError
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    notebook, clients = new_notebook(cells=[new_code_cell("fit()")]), []
+    manager = SimpleNamespace(nb=notebook, cell_start=lambda *_: None)
+    monkeypatch.setattr(execution, "_execute", lambda manager, client, *more: clients.append(client))
+    engine = execution._engine(None, {}, execution.Stop())
+    engine.execute_managed_notebook(manager, "python3", execution_timeout=3600)
+    monkeypatch.undo()
+    [client] = clients
+    assert (client.timeout, client.iopub_timeout) == (3600, 60)
+    for text, said in (("Timeout waiting for IOPub output", "its outputs did not"), ("timed out", "3600 s")):
+        error = CellTimeoutError.error_from_timeout_and_cell(text, 60, notebook.cells[0])
+        client.execute = lambda env, error=error: (_ for _ in ()).throw(error)
+        with pytest.raises(StepError, match=said):
+            execution._execute(manager, client, {}, None, execution.Stop())
+
+
 def test_a_prefect_server_that_goes_away_does_not_take_the_run_along(validated: Checkout):
     own, seen = validated, len(validated.events())
     run = own.start("run", *QUICK)
@@ -284,6 +452,23 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run(tmp_path: Path):
     finally:
         own.titanic("down")
         subprocess.run(["umount", "-l", str(own.store)], check=True)
+
+
+def test_a_database_on_a_full_disk_is_not_a_prefect_that_is_gone(tmp_path: Path, monkeypatch):
+    import sqlalchemy
+    from sqlalchemy.exc import OperationalError
+
+    def full(run, jobs, done):
+        with sqlalchemy.create_engine("sqlite://").connect() as database:
+            database.exec_driver_sql("pragma max_page_count = 2")
+            database.exec_driver_sql("create table runs as select zeroblob(100000) as row")
+
+    told = []
+    monkeypatch.setattr(pipeline, "_with_prefect", full)
+    run = pipeline._Run(Settings(store=tmp_path), None, told.append, open_log(tmp_path / "log"))
+    with pytest.raises(OperationalError) as caught:
+        pipeline._all_jobs(run, [])
+    assert told == [] and explain(caught.value).what == "the disk is full (database or disk is full)"
 
 
 # --- what runs once

@@ -234,6 +234,53 @@ def registered(own: Settings, folder: Path, C: float = 100.0):
     return registry, registry.register(weak_bundle(folder, C), run.info.run_id)
 
 
+@pytest.mark.parametrize("rejudged", [False, True])
+def test_the_opponent_after_a_run_that_was_killed(tmp_path: Path, rejudged: bool):
+    "The champion before, if the killed run has made the challenger champion; not if it has only judged it again."
+    from titanic_mlops.model.gate import Decision
+
+    registry, version = registered(settings(store=tmp_path / "store", mlflow_uri=""), tmp_path / "weak")
+    experiment = registry.client.get_experiment_by_name(registry.settings.mlflow_experiment).experiment_id
+    runs = [registry.client.create_run(experiment).info.run_id for _ in range(2)]
+    registry.follow(Decision(promote=True, reason="first", conditions=[]), version, None, runs[0])
+    if rejudged:
+        registry.client.set_terminated(runs[0], "FINISHED")
+        assert registry.opponent(version.digest).number == 1
+        same = Decision(promote=False, reason="the same", conditions=[])
+        registry.follow(same, version, registry.alias("champion"), runs[1])
+    for run in runs[rejudged:]:
+        registry.client.set_terminated(run, "KILLED")
+    opponent = registry.opponent(version.digest)
+    assert (opponent and opponent.number) == (1 if rejudged else None)
+    if not rejudged:  # killed once more, in the middle of writing down the verdict
+        registry.client.set_model_version_tag(registry.model, "1", "gate", "undecided")
+        assert registry.opponent(version.digest) is None
+
+
+def test_the_run_that_made_a_version_again_answers_for_it(tmp_path: Path):
+    "Killed after the version was registered: the version names the dead run for good."
+    from titanic_mlops.flow import verify
+    from titanic_mlops.ground.errors import StoreError
+    from titanic_mlops.model.gate import Decision
+
+    registry, version = registered(settings(store=tmp_path / "store", mlflow_uri=""), tmp_path / "weak")
+    registry.client.set_terminated(version.run_id, "KILLED")
+    experiment = registry.client.get_experiment_by_name(registry.settings.mlflow_experiment).experiment_id
+    parent = registry.client.create_run(experiment).info.run_id
+    again = registry.client.create_run(experiment, tags={"mlflow.parentRunId": parent}).info.run_id
+    registry.client.log_artifacts(again, str(tmp_path / "weak"), "outputs/bundle")
+    registry.client.log_dict(again, {"context": {"mlflow_run": again}}, "manifest.json")
+    registry.client.set_terminated(again, "FINISHED")
+    bundle = registry.fetch(version)
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(StoreError, match="KILLED"):
+        verify._registered_by(version, bundle, registry, tmp_path / "scratch")
+    registry.judged(version, None, Decision(promote=True, reason="first", conditions=[]), again)
+    version = registry.version(1)
+    origin = verify._registered_by(version, bundle, registry, tmp_path / "scratch")
+    assert origin.run == again and again[:8] in verify._who_registered(version, origin)
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, Settings]:
     "Version 1 serves by an override; a quick run makes version 2, which is better."

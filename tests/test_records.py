@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from checkout import Checkout
 
-from titanic_mlops import cache, records, services, steps
+from titanic_mlops import cache, pipeline, records, services, steps
 from titanic_mlops.ground.errors import StoreError
+from titanic_mlops.ground.logs import open_log
 from titanic_mlops.ground.settings import Settings
+from titanic_mlops.ground.store import digest
 
 pytestmark = pytest.mark.long
 
@@ -31,6 +33,8 @@ def test_both_books_hold_the_same(own: Settings):
     for books in (short, long):
         run_id = books.create("tried", {"titanic.job": "ingest"})
         assert run_id in short.open_runs() and short.open_runs() == long.open_runs()
+        finished = json.loads((own.store / "latest" / "run.json").read_text())["run_id"]
+        assert books.unfinished([run_id, finished, "0" * 32]) == [run_id] and books.unfinished([]) == []
         books.log(run_id, {"source": "x" * 900, "seed": 7}, {"rows": 1309}, {"mood": "good"})
         books.end(run_id, "KILLED")
         run = long.client.get_run(run_id)
@@ -47,6 +51,36 @@ def test_a_model_that_is_not_registered_has_no_champion(own: Settings):
     url = services.running(own)["mlflow"].url
     other = Settings(store=own.store, mlflow_model="nobody")
     assert records.RestBooks(other, url).champion() == records.MlflowBooks(other).champion() == ""
+
+
+def test_a_run_that_was_cut_off_when_its_result_was_kept_is_put_on_record_by_the_next(
+    tmp_path: Path, monkeypatch
+):
+    alone = Settings(store=tmp_path / "store", mlflow_uri="")
+    books = records.MlflowBooks(alone)
+    job = steps.Job("ingest", parameters={"source": "embedded"})
+    dead = records.Tracker(books, {}).start(job)
+    books.end(dead, "KILLED")
+    folder = tmp_path / "result"
+    (folder / "outputs").mkdir(parents=True)
+    (folder / "outputs" / "rows.csv").write_text("1309")
+    said = {"outputs": {"rows.csv": "0"}, "metrics": {"rows": 1309}, "context": {"mlflow_run": dead}}
+    (folder / "manifest.json").write_text(json.dumps(said | {"seconds": 1.0}))
+    result = cache.Result(job, folder, said | {"seconds": 1.0}, hit=True)
+
+    monkeypatch.setattr(pipeline, "_books", lambda settings: books)
+    assert pipeline._record_recalled({}, alone, [result], {}) == ""  # it goes the way that can keep files
+    assert books.unfinished([dead, "0" * 32]) == [dead] and books.unfinished([]) == []
+
+    monkeypatch.setattr(pipeline, "recall", lambda *_: result)
+    run = pipeline._Run(alone, records.Tracker(books, {}), lambda event: None, open_log(tmp_path / "log"))
+    assert pipeline._recalled(run, job, cache.Key({})) is result
+    assert books.unfinished([dead]) == []
+    kept = books.client.get_run(dead)
+    assert kept.info.status == "FINISHED" and kept.data.metrics == {"rows": 1309.0}
+    assert kept.data.tags[records.MANIFEST_TAG] == digest(folder / "manifest.json")
+    assert {f.path for f in books.client.list_artifacts(dead)} == {"manifest.json", "outputs"}
+    assert pipeline._record_recalled({}, alone, [result], {})  # now there is nothing left to do
 
 
 def test_a_clerk_ahead_of_time_writes_the_same_and_may_die(tmp_path: Path, monkeypatch):

@@ -64,9 +64,17 @@ def _imported(source: str, package: Sequence[str] = ()) -> Iterable[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 # %% ../../nbs/04_flow/04_cache.ipynb #f688722b
+_INCLUDED = re.compile(r"""{%-?\s*(?:include|extends|import|from)\s+["']([^"']+)["']""")  # by a template
+
+
 def _beside(module: Path) -> list[Path]:
-    "Files that carry a module's name and belong to it, such as the report's template."
-    return [f for f in sorted(module.parent.glob(f"{module.name}.*")) if not f.suffix.startswith(".py")]
+    "Files that carry a module's name and belong to it, such as the report's template, and templates that these include."
+    found = [f for f in sorted(module.parent.glob(f"{module.name}.*")) if not f.suffix.startswith(".py")]
+    for file in found:  # grows
+        for name in _INCLUDED.findall(file.read_text()) if file.suffix == ".j2" else ():
+            places = [module.parent / name, *sorted(PACKAGE.glob(f"*/{name}"))]
+            found += [f for f in places if f.is_file() and f not in found][:1]
+    return found
 
 
 def module_digests(
@@ -213,6 +221,19 @@ def folder_of(job: Job, key: Key, store: Path) -> Path:
     return Path(store) / "steps" / job.name / key.digest[:20]
 
 
+_FACTS: dict[str, Any] = {"metrics": dict, "context": dict, "seconds": (int, float)}  # what a recall tells of
+
+
+def _same_metrics(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    "Does the file that the steps after it read say what the manifest says?"
+    file = folder / "metrics.json"
+    try:
+        said = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        return False
+    return canonical_json(said) == canonical_json(manifest["metrics"])  # as text: nan is not nan
+
+
 def _damage(
     folder: Path,  # of a result
     key: Key,
@@ -225,8 +246,15 @@ def _damage(
         changed = sorted(
             f for f in {*kept, *manifest["outputs"]} if kept.get(f) != manifest["outputs"].get(f)
         )
-        return manifest, f"outputs/{changed[0]} is not what its manifest says" if changed else ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if changed:
+            return manifest, f"outputs/{changed[0]} is not what its manifest says"
+        lacking = [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)]
+        if lacking:
+            return {}, f"its manifest lacks {lacking[0]}"
+        return manifest, "" if _same_metrics(
+            folder, manifest
+        ) else "metrics.json is not what its manifest says"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"its manifest can't be read ({type(error).__name__})"
 
 
@@ -274,7 +302,7 @@ def _nearest(
     "The earlier result of a job whose key differs in the fewest parts, the newest of these."
     found = []
     for file in (Path(store) / "steps" / job.name).glob("[!.]*/manifest.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             other = json.loads(file.read_bytes())["key"]
             parts = [part for part in key.differs(other) if part not in open_parts]
             found.append((len(parts), -file.stat().st_mtime, parts, other))
@@ -304,16 +332,20 @@ def extra_inputs(
     job: Job,
     settings: Settings,
 ) -> dict[str, str]:
-    "What a job depends on besides other jobs: the bytes of its source, the registry that it changes."
+    "What a job depends on besides other jobs: the bytes of its source, places that it writes to, its kernel."
+    usual = settings.kernel in ("", "python3", "titanic-warm")  # all of this environment
+    own = {} if usual else {"kernel": digest(settings.kernel.encode())}
     if job.step == "ingest":
-        return {"source": source_stamp(job.parameters["source"])}
+        if settings.artifacts:  # inside the store they come and go with it
+            own["artifacts"] = digest(settings.artifacts.encode())
+        return own | {"source": source_stamp(job.parameters["source"])}
     if job.step == "promote":
         registry = f"{settings.tracking_uri} {settings.mlflow_model}"
         keys = (
             f" {settings.signing_key} {settings.trusted_keys}".rstrip()
         )  # a bundle that is not signed is no result
-        return {"registry": digest(f"{registry}{keys}".encode())}
-    return {}
+        return own | {"registry": digest(f"{registry}{keys}".encode())}
+    return own
 
 # %% ../../nbs/04_flow/04_cache.ipynb #cfdd43f9
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .cache import Key, Result, extra_inputs, folder_of, key_of, recall
+from .cache import Key, Result, extra_inputs, folder_of, key_of, recall, source_stamp
 from .configuration import load
 from .steps import NEEDS, Job, cells_of, needs, notebook_of, plan
 from .workbench import STEP_VARIABLE
@@ -132,12 +132,11 @@ def _execute(
         raise StepError(what, where="by hand, or because memory ran out", do=_AGAIN) from error
     except CellTimeoutError as error:
         what = f"the cell ran for more than {client.timeout} s"
-        raise _broken_off(
-            nb_man.nb,
-            at,
-            what,
-            "raise the limit: TITANIC_CELL_TIMEOUT (0: none), or cell_timeout in settings.ini",
-        ) from error
+        do = "raise the limit: TITANIC_CELL_TIMEOUT (0: none), or cell_timeout in settings.ini"
+        if "IOPub" in str(error):  # it has replied that it is done
+            what = f"the cell ended, but its outputs did not arrive within {client.iopub_timeout} s"
+            do = f"see what else keeps this machine busy; {_AGAIN}"
+        raise _broken_off(nb_man.nb, at, what, do) from error
 
 # %% ../../nbs/04_flow/05_execution.ipynb #bf5868b0
 def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Stop) -> type:
@@ -165,6 +164,7 @@ def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Sto
                 nb_man,
                 timeout=execution_timeout,
                 startup_timeout=start_timeout,
+                iopub_timeout=60,  # a machine may stand still for longer than the 4 s that are usual
                 kernel_name=kernel_name,
                 extra_arguments=["--log-level=50"],  # neither its transport on loopback nor its end is news
             )
@@ -307,6 +307,28 @@ def alone(
     finally:
         lock.release()
 
+# %% ../../nbs/04_flow/05_execution.ipynb #de2e1f88
+def _require_same_key(
+    job: Job,
+    key: Key,  # as it was when the job was submitted
+    inputs: Mapping[str, Result],
+) -> None:
+    "Raise `StepError` if code, or a source on this disk, has been edited since."
+    source = job.parameters.get("source", "")
+    local = job.step == "ingest" and "://" not in source and not source.startswith("openml:")
+    digests = {name: result.digest for name, result in inputs.items()}
+    now = key_of(job, digests | ({"source": source_stamp(source)} if local else {}))
+    seen = [part for part in now.differs(key.parts) if part.split()[0] in ("code", "module")]
+    seen += ["input source"] * (local and now.parts["input source"] != key.parts.get("input source"))
+    if seen:
+        what = {"code": "the notebook", "input source": "the source"}.get(seen[0], seen[0])
+        raise StepError(
+            f"{what.replace('titanic_mlops.', '')} was edited while step {job.name} waited or ran",
+            where=notebook_of(job.step).name,
+            rule="a result is kept under the key of what has made it, and nobody knows which one that was",
+            do=_AGAIN,
+        )
+
 # %% ../../nbs/04_flow/05_execution.ipynb #de2e1f89
 def execute(
     job: Job,
@@ -339,6 +361,7 @@ def execute(
                 on_cell,
                 stop,
             )
+            _require_same_key(job, key, inputs)
         except TitanicError as error:
             error.args = (f"{error}{_keep_failed(job, aside, settings.store)}",)
             raise

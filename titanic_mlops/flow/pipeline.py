@@ -157,6 +157,7 @@ def _recalled(run: _Run, job: Job, key: Key) -> Result | None:
     found = None if job.step in run.again else recall(job, key, run.settings.store)
     if found is None or not still_true(found, run.tracker.books):
         return None
+    run.tracker.complete(found)
     run.tracker.recalled(found)
     run.tell(Event("hit", job.name, text=found.origin, seconds=found.manifest["seconds"]))
     return found
@@ -309,11 +310,13 @@ def _record_recalled(
     settings: Settings,
     results: Sequence[Result],
     figures: Mapping[str, float],
-) -> str:  # the pipeline's run id; empty: the champion is another one by now
-    "Put a run of recalled jobs on record."
+) -> str:  # the pipeline's run id; empty: that is not all there is to do
+    "Put a run of recalled jobs on record, if the champion is the same and the runs that computed them are on record."
     books = _books(settings)
     if not all(still_true(result, books) for result in results):
         return ""
+    if books.unfinished([result.origin for result in results if result.origin]):
+        return ""  # the files of one that was killed go the long way
     tracker = Tracker(books, config)
     for result in results:
         tracker.recalled(result)
@@ -327,7 +330,7 @@ def _replay(
     settings: Settings,
     outlook: Sequence[Outlook],  # every job can be recalled
     listener: Listener,
-) -> Summary | None:  # None: the champion is another one, or a server of the user's own wants to be asked
+) -> Summary | None:  # None: there is more to do, or a server of the user's own wants to be asked
     "A run in which nothing has to be done."
     started = time.monotonic()
     if settings.prefect_url or os.environ.get("PREFECT_API_URL"):

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
@@ -60,10 +60,18 @@ class Books(Protocol):
     def open_runs(self) -> dict[str, dict[str, str]]:
         "Runs that are not closed: id -> tags."
 
+    def unfinished(self, run_ids: Sequence[str]) -> list[str]:
+        "Which of these runs are there, and have not come to a good end."
+
     def champion(self) -> str:
         "What the alias `champion` stands on: entry of the ledger, and digest; empty: there is none."
 
 # %% ../../nbs/04_flow/06_records.ipynb #4279fcfe
+def _not_finished(run_ids: Sequence[str]) -> str:  # in MLflow's language
+    listed = ", ".join(f"'{run_id}'" for run_id in run_ids)
+    return f"attributes.status != 'FINISHED' and attributes.run_id IN ({listed})"
+
+
 class MlflowBooks:
     "Records through MLflow's client. Raises `StoreError` if the tracking store can't be opened."
 
@@ -102,6 +110,10 @@ class MlflowBooks:
     def open_runs(self) -> dict[str, dict[str, str]]:
         found = self.client.search_runs([self._experiment], "attributes.status = 'RUNNING'", max_results=200)
         return {run.info.run_id: run.data.tags for run in found}
+
+    def unfinished(self, run_ids: Sequence[str]) -> list[str]:
+        found = self.client.search_runs([self._experiment], _not_finished(run_ids)) if run_ids else []
+        return [run.info.run_id for run in found]
 
     def champion(self) -> str:
         return self.registry.standing()
@@ -251,6 +263,9 @@ class ClerkBooks(_Clerk):
     def open_runs(self) -> dict[str, dict[str, str]]:
         return self._ask("open_runs")
 
+    def unfinished(self, run_ids: Sequence[str]) -> list[str]:
+        return self._ask("unfinished", list(run_ids))
+
     def champion(self) -> str:
         return self._ask("champion")
 
@@ -346,18 +361,18 @@ class RestBooks:
     def end(self, run_id: str, status: str = "FINISHED") -> None:
         self._http.ask("POST", "/runs/update", run_id=run_id, status=status, end_time=int(time.time() * 1000))
 
+    def _search(self, condition: str) -> list[dict[str, Any]]:
+        ids = [self._experiment]
+        said = self._http.ask("POST", "/runs/search", experiment_ids=ids, filter=condition, max_results=200)
+        return said.get("runs", [])
+
     def open_runs(self) -> dict[str, dict[str, str]]:
-        said = self._http.ask(
-            "POST",
-            "/runs/search",
-            experiment_ids=[self._experiment],
-            filter="attributes.status = 'RUNNING'",
-            max_results=200,
-        )
-        return {
-            run["info"]["run_id"]: {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])}
-            for run in said.get("runs", [])
-        }
+        found = self._search("attributes.status = 'RUNNING'")
+        return {run["info"]["run_id"]: _tags(run["data"]) for run in found}
+
+    def unfinished(self, run_ids: Sequence[str]) -> list[str]:
+        found = self._search(_not_finished(run_ids)) if run_ids else []
+        return [run["info"]["run_id"] for run in found]
 
     def champion(self) -> str:
         standing = import_module("titanic_mlops.model.ledger").standing  # which imports more than it looks
@@ -432,6 +447,12 @@ class Tracker:
         self.books.log(run_id, metrics=result.metrics, tags=told)
         self.books.keep(run_id, result.folder)
         self.books.end(run_id)
+
+    def complete(self, result: "Result") -> None:
+        "Finish the run that computed a result, if it was cut off when the result was kept and the run not yet on record."
+        if self.books.unfinished([result.origin] if result.origin else []):
+            self.finish(result.origin, result)
+            self.books.log(result.origin, tags={"titanic.finished_by": self.run_id})
 
     def recalled(self, result: "Result") -> None:
         "Put on record that a job was recalled, and from where."

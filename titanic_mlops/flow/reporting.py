@@ -46,7 +46,8 @@ def _quality(folders: Mapping[str, Path]) -> Any:
 def _scored(folder: Path) -> Any:
     from titanic_mlops.model.report import Scored
 
-    metrics = json.loads((folder / "metrics.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    metrics = manifest.get("metrics") or json.loads((folder / "metrics.json").read_text())
     return Scored(
         file="scored.csv",
         rows=int(metrics["scored"]),

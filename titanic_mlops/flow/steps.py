@@ -52,9 +52,18 @@ def notebook_of(
 def cells_of(
     notebook: Path,  # .ipynb
 ) -> list[dict[str, Any]]:  # as nbformat has them, each `source` one string
-    "The cells of a notebook."
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [c | {"source": "".join(c["source"])} for c in cells]
+    "The cells of a notebook. Raises `StepError` for a file that is none."
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        return [c | {"source": "".join(c["source"])} for c in cells]
+    except (ValueError, KeyError, TypeError) as error:  # with the marks of a merge in it, say
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise StepError(
+            f"the notebook can't be read: {type(error).__name__}: {error}",
+            where=f"{notebook}{line}",
+            rule="a notebook is JSON, with cells",
+            do="resolve what a merge has left in it, or restore it: git checkout",
+        ) from None
 
 
 def _comments(source: str) -> dict[int, str]:
@@ -79,43 +88,62 @@ _NAMES = {
 def _is_parameters(cell: Mapping[str, Any]) -> bool:
     return "parameters" in cell["metadata"].get("tags", [])
 
+# %% ../../nbs/04_flow/03_steps.ipynb #544518cf
+def _parameter(
+    node: ast.stmt,  # of a parameters cell
+    comments: Mapping[int, str],
+) -> tuple[str, tuple[Any, Any]]:  # name; type and field
+    from pydantic import Field
+
+    if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
+        raise SyntaxError("a parameter has the form `name: type = default  # meaning`")
+    kind = eval(ast.unparse(node.annotation), {"__builtins__": {}}, {**_NAMES, "Field": Field})
+    lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    meaning = " ".join(comments[n] for n in lines if n in comments)
+    return node.target.id, (kind, Field(default=ast.literal_eval(node.value), description=meaning))
+
+
+def _unreadable(error: Exception, where: str) -> ParameterError:
+    said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:200]
+    return ParameterError(
+        f"the parameters cell can't be read: {said}",
+        where=where,
+        rule="name: type = literal  # meaning",
+        do="write the type with int, float, str, bool, list, dict, Literal, or Annotated[type, Field(...)]",
+    )
+
 # %% ../../nbs/04_flow/03_steps.ipynb #544518d0
 def parameters_model(
     notebook: Path,  # with a cell tagged `parameters`
 ) -> type:  # a pydantic model, one field per parameter
     "The parameters of a step notebook. Raises `ParameterError` naming file, cell and line if the cell can't be read."
-    from pydantic import ConfigDict, Field, create_model
+    from pydantic import ConfigDict, create_model
 
     fields: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for number, cell in enumerate(cells_of(notebook)):
         if not _is_parameters(cell):
             continue
-        line = 0
+        line, place = 0, f"{notebook.name}, cell {number + 1}, line"
         try:
+            nodes = ast.parse(cell["source"]).body  # says in which line it can't be read; tokenize does not
             comments = _comments(cell["source"])
-            for node in ast.parse(cell["source"]).body:
+            for node in nodes:
                 line = node.lineno
-                if (
-                    not isinstance(node, ast.AnnAssign)
-                    or not isinstance(node.target, ast.Name)
-                    or node.value is None
-                ):
-                    raise SyntaxError("a parameter has the form `name: type = default  # meaning`")
-                kind = eval(ast.unparse(node.annotation), {"__builtins__": {}}, {**_NAMES, "Field": Field})
-                lines = range(line, (node.end_lineno or line) + 1)
-                meaning = " ".join(comments[n] for n in lines if n in comments)
-                fields[node.target.id] = (
-                    kind,
-                    Field(default=ast.literal_eval(node.value), description=meaning),
-                )
-        except (SyntaxError, ValueError, NameError, TypeError, tokenize.TokenError) as error:
-            raise ParameterError(
-                f"the parameters cell can't be read: {error}",
-                where=f"{notebook.name}, cell {number + 1}, line {line or getattr(error, 'lineno', 0)}",
-                rule="name: type = literal  # meaning",
-            ) from None
+                name, found = _parameter(node, comments)
+                fields[name], places[name] = found, f"{place} {line}"
+        except Exception as error:  # an annotation raises whatever it likes
+            raise _unreadable(error, f"{place} {line or getattr(error, 'lineno', 0)}") from None
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
-    return create_model(notebook.stem, __config__=model_config, **fields)
+    try:
+        return create_model(notebook.stem, __config__=model_config, **fields)
+    except Exception as error:  # and so does pydantic, of names and bounds
+        for name, found in fields.items():
+            try:
+                create_model(notebook.stem, **{name: found})
+            except Exception as own:
+                raise _unreadable(own, places[name]) from None
+        raise _unreadable(error, notebook.name) from None
 
 # %% ../../nbs/04_flow/03_steps.ipynb #6e800e7d
 def check_parameters(
@@ -143,6 +171,10 @@ def check_parameters(
             where=f"step {step}, {notebook.name}",
             rule=model.model_fields[first["loc"][0]].description or "",
         ) from None
+    except (
+        TypeError
+    ) as error:  # a bound that a type knows nothing of is found when a value is held against it
+        raise _unreadable(error, notebook.name) from None
 
 # %% ../../nbs/04_flow/03_steps.ipynb #b5a68b59
 def _names_read(

@@ -244,17 +244,28 @@ def _require_bundles(promoted: Kept, version: "Version", registry: "Registry", s
 
 
 def _registered_by(version: "Version", bundle: "Bundle", registry: "Registry", scratch: Path) -> Kept:
-    "What the run that registered a version has left."
+    "What the run that registered a version has left, or the one that made it again when that was cut off."
     run = registry.client.get_run(version.run_id)
+    again = version.tags.get("gate_run", "none")
+    alive = run.info.lifecycle_stage == "active"
+    if alive and run.info.status != "FINISHED" and again != "none":
+        run = registry.client.get_run(again)
+    name = run.info.run_id[:8]
     state = run.info.status if run.info.lifecycle_stage == "active" else "deleted"
-    _demand(state == "FINISHED", f"run {version.run_id[:8]} is {state}")
-    kept = Kept.of(_download(registry, version.run_id, scratch))
+    _demand(state == "FINISHED", f"run {name} is {state}")
+    kept = Kept.of(_download(registry, run.info.run_id, scratch))
     said = json.loads((kept.folder / "outputs" / "bundle" / "manifest.json").read_bytes())
-    _demand(said["digest"] == bundle.digest, f"run {version.run_id[:8]} has made another bundle")
+    _demand(said["digest"] == bundle.digest, f"run {name} has made another bundle")
     parent = run.data.tags.get("mlflow.parentRunId", "")
-    _demand(parent, f"run {version.run_id[:8]} belongs to no pipeline run")
+    _demand(parent, f"run {name} belongs to no pipeline run")
     _demand(registry.client.get_run(parent), f"there is no pipeline run {parent[:8]}")
     return kept
+
+
+def _who_registered(version: "Version", origin: Kept) -> str:  # what was seen
+    made = f"registered by run {version.run_id[:8]}"
+    cut_off = origin.run != version.run_id
+    return f"{made}, which was cut off; made again by run {origin.run[:8]}" if cut_off else made
 
 # %% ../../nbs/04_flow/10_verify.ipynb #64974ae2
 def _require_code(bundle: "Bundle") -> str:  # what was seen
@@ -389,7 +400,7 @@ def _walk_model(
     origin = None
     with chain.link("run") as seen:
         origin = _registered_by(version, bundle, registry, scratch)
-        seen(f"registered by run {version.run_id[:8]}")
+        seen(_who_registered(version, origin))
     if origin and origin.run != steps["promote"].run:
         steps = _walk_steps(chain, origin, registry, scratch)
     _walk_origins(chain, version, bundle, origin or steps["promote"], steps, registry)
@@ -511,7 +522,7 @@ def _walk_version(
     origin = None
     with chain.link("run") as seen:
         origin = _registered_by(version, bundle, registry, scratch)
-        seen(f"registered by run {version.run_id[:8]}")
+        seen(_who_registered(version, origin))
     if origin is not None:
         steps = _walk_steps(chain, origin, registry, scratch)
         if "ingest" in steps:

@@ -95,6 +95,8 @@ _OS_REMEDIES = {
     errno.EROFS: ("the file system is read-only", "point TITANIC_STORE at a folder that can be written"),
 }
 
+_SQLITE_FULL = "database or disk is full"  # its own words for ENOSPC, which it does not hand on
+
 
 def _causes(error: BaseException) -> Iterable[BaseException]:
     seen: set[int] = set()
@@ -114,6 +116,9 @@ def explain(
         if isinstance(cause, OSError) and cause.errno in _OS_REMEDIES:
             what, do = _OS_REMEDIES[cause.errno]
             return StoreError(f"{what} ({cause.strerror})", where=str(cause.filename or "the store"), do=do)
+        if _SQLITE_FULL in str(cause):
+            what, do = _OS_REMEDIES[errno.ENOSPC]
+            return StoreError(f"{what} ({_SQLITE_FULL})", where="the tracking database", do=do)
         if "database is locked" in str(cause):
             return StoreError(
                 "the tracking database is locked by another process",

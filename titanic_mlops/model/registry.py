@@ -633,8 +633,11 @@ def opponent(
     if not (champion and entries):
         return champion
     last, status = entries[-1], ""
-    if last.action == "promote" and last.to_digest == champion.digest == challenger:
-        asked = champion.tags.get("gate_run", "none")
+    tags = champion.tags
+    made = last.action == "promote" and last.to_digest == champion.digest == challenger
+    # a later run may have judged it against itself: that verdict is another one
+    if made and tags.get("gate_against") == (last.from_digest or "none") and tags.get("gate") != "keep":
+        asked = tags.get("gate_run", "none")
         status = "" if asked == "none" else self._status(asked)
     if status in ("", "FINISHED"):
         return champion
