@@ -141,9 +141,7 @@ class Run:
         try:
             found = await self._asked(passengers)
         except Exception:
-            self._take(
-                self.state.models.failed(self.served)
-            )  # the champion, if it was a canary; raises otherwise
+            self._take(self.state.models.failed(self.served))  # the champion, after a canary; or it raises
             found = await self._asked(passengers)
         for start in range(0, len(passengers), PORTION):
             end = min(start + PORTION, len(passengers))
@@ -241,7 +239,7 @@ def require_columns(header: Sequence[str]) -> None:
         said = "the columns are not those of the contract; nothing was predicted"
         raise Problem("broken-rule", said, errors[:MOST_ERRORS])
 
-
+# %% ../../nbs/05_serve/19_bulk.ipynb #f424b1d9
 MOST_EMPTY = 1000  # lines of a CSV file, or record batches, without a row
 
 

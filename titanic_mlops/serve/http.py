@@ -6,7 +6,8 @@
 __all__ = ['PROBLEMS', 'PROBLEM_TYPE', 'SLOWEST', 'MOST_HEADERS', 'LONGEST_KEY', 'ARRAY_BYTES', 'Receive', 'PIECE', 'BUCKETS',
            'SECURITY_HEADERS', 'Headers', 'Lean', 'Problem', 'shown', 'field_error', 'strict_json', 'Limits',
            'Disconnected', 'too_large', 'Body', 'request_id', 'all_workers', 'metrics_page', 'Metrics', 'State',
-           'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem', 'listed', 'Front', 'pass_through']
+           'Request', 'first_piece', 'take_body', 'say_failure', 'as_problem', 'listed', 'require_listed',
+           'require_bounds', 'asked_of', 'Front', 'pass_through']
 
 # %% ../../nbs/05_serve/02_http.ipynb #ca8a70c3
 import asyncio
@@ -215,6 +216,19 @@ def too_large(limit: int) -> Problem:
     return Problem("too-large", f"a body has at most {limit} bytes", headers={"connection": "close"})
 
 
+async def _in_time(receive: Receive, left: float, grace: float) -> dict[str, Any]:
+    "A message of a body, if it comes within the seconds that are left. Raises `Problem`."
+    try:
+        async with asyncio.timeout(max(left, 0)):
+            message = await receive()
+    except TimeoutError:
+        said = f"the body had not come after {grace:g} s, nor at {SLOWEST} bytes a second from then on"
+        raise Problem("timeout", said, headers={"connection": "close"}) from None
+    if message["type"] == "http.disconnect":
+        raise Disconnected
+    return message
+
+
 PIECE = 65_536  # bytes that are unpacked at a time
 
 
@@ -261,14 +275,7 @@ class Body:
             await asyncio.sleep(0)  # a few bytes can unpack to a thousand times as many
             return self._piece(b"")
         left = self._start + self._seconds + self._received / SLOWEST - time.monotonic()
-        try:
-            async with asyncio.timeout(max(left, 0)):
-                message = await self._receive()
-        except TimeoutError:
-            said = f"the body had not come after {self._seconds:g} s, nor at {SLOWEST} bytes a second from then on"
-            raise Problem("timeout", said, headers={"connection": "close"}) from None
-        if message["type"] == "http.disconnect":
-            raise Disconnected
+        message = await _in_time(self._receive, left, self._seconds)
         body = message.get("body", b"")
         self._received += len(body)
         self._coming = message.get("more_body", False)
@@ -277,9 +284,7 @@ class Body:
     def _piece(self, body: bytes) -> dict[str, Any]:
         more = self._coming
         if self._unpack is not None:
-            if (
-                self._received > self._limit + PIECE
-            ):  # packed, it is hardly longer: what comes unpacks to nothing
+            if self._received > self._limit + PIECE:  # packed, it is hardly longer: this unpacks to nothing
                 raise too_large(self._limit)
             body = self._unpack(body, not self._coming)
             more = more or self._unpack.more
@@ -565,6 +570,31 @@ def listed(
     fits = lambda beginning: path == beginning or path.startswith(f"{beginning}/")
     return next((needed for beginning, needed in scopes if fits(beginning)), None)
 
+
+def require_listed(scopes: Iterable[tuple[str, str]], path: str) -> str:
+    "The permission that an address needs. Raises `Problem` for one that is not in the table."
+    needed = listed(scopes, path)
+    # a route's pattern may match what the table does not: its `$` lets a newline follow
+    if needed is None or not path.isprintable():
+        raise Problem("not-found", f"there is no address {shown(path)}")
+    return needed
+
+
+def require_bounds(request: Request) -> None:
+    "Raise `Problem` for more headers than anybody needs, and for a key that is too long for the record."
+    if len(request.scope["headers"]) > MOST_HEADERS:
+        said = f"there are more than {MOST_HEADERS} headers"
+        raise Problem("headers-too-large", said, headers={"connection": "close"})
+    if len(request.headers.get(b"x-request-key", b"")) > LONGEST_KEY:
+        raise Problem("malformed-request", f"x-request-key has at most {LONGEST_KEY} bytes")
+
+
+def asked_of(guard: Any, request: Request, needed: str) -> Any:
+    "Who the guard says this is. Raises `Problem`."
+    given = request.scope["headers"]
+    twice = len(given) > len(request.headers)  # a name stands twice: it may be the credential's
+    return guard.check(given if twice else request.headers, needed, request.client)
+
 # %% ../../nbs/05_serve/02_http.ipynb #59a7697e
 class Front:
     "The outermost ASGI layer: everything that all requests have in common."
@@ -608,21 +638,12 @@ class Front:
 
     def admit(self, request: Request) -> None:
         "Ask the guard who this is. Raises `Problem`, for an address that the table does not list as well."
-        given, guard = request.scope["headers"], self.state.guard
-        if len(given) > MOST_HEADERS:
-            said = f"there are more than {MOST_HEADERS} headers"
-            raise Problem("headers-too-large", said, headers={"connection": "close"})
-        if len(request.headers.get(b"x-request-key", b"")) > LONGEST_KEY:
-            raise Problem("malformed-request", f"x-request-key has at most {LONGEST_KEY} bytes")
+        require_bounds(request)
         needed = self._needs.get(request.path)
-        if needed is None:
-            needed = listed(self.scopes, request.path)
-            # a route's pattern may match what the table does not: its `$` lets a newline follow
-            if self.scopes and (needed is None or not request.path.isprintable()):
-                raise Problem("not-found", f"there is no address {shown(request.path)}")
-        if guard is not None and needed:
-            twice = len(given) > len(request.headers)  # a name stands twice: it may be the credential's
-            request.principal = guard.check(given if twice else request.headers, needed, request.client)
+        if needed is None and self.scopes:
+            needed = require_listed(self.scopes, request.path)
+        if self.state.guard is not None and needed:
+            request.principal = asked_of(self.state.guard, request, needed)
 
     def permission(self, path: str) -> str:
         "Which permission an address needs; empty: none."
