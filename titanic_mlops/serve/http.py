@@ -630,9 +630,8 @@ class Front:
         except Exception as error:
             status, out, body = as_problem(error, request.id)
         own = [(b"content-length", b"%d" % len(body)), (b"x-request-id", request.id.encode())]
-        await send(
-            {"type": "http.response.start", "status": status, "headers": [*out, *own, *SECURITY_HEADERS]}
-        )
+        headers = [*out, *own, *SECURITY_HEADERS]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
         self.done(request, request.path, status, len(body))
 
