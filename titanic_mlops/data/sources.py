@@ -101,7 +101,7 @@ def match_layout(
                 what,
                 where=f"{where}, column {number + 1}",
                 rule=f"layout {layout}: {', '.join(known)}",
-                do=f"{nearest(name, known)} Otherwise drop it" if name else "drop it",
+                do=f"drop it, or rename it ({nearest(name, known)})" if name else "drop it",
             )
         if targets.index(targets[number]) != number:
             raise ContractError(
