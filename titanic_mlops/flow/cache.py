@@ -251,9 +251,8 @@ def _damage(
         lacking = [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)]
         if lacking:
             return {}, f"its manifest lacks {lacking[0]}"
-        return manifest, "" if _same_metrics(
-            folder, manifest
-        ) else "metrics.json is not what its manifest says"
+        same = _same_metrics(folder, manifest)
+        return manifest, "" if same else "metrics.json is not what its manifest says"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"its manifest can't be read ({type(error).__name__})"
 

@@ -173,7 +173,7 @@ def check_parameters(
         ) from None
     except (
         TypeError
-    ) as error:  # a bound that a type knows nothing of is found when a value is held against it
+    ) as error:  # a bound that its type knows nothing of, found when a value is held against it
         raise _unreadable(error, notebook.name) from None
 
 # %% ../../nbs/04_flow/03_steps.ipynb #b5a68b59
