@@ -30,7 +30,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.contract import CONTRACT_VERSION, ROW_RULES, Column, columns, rule_text
-from ..data.rowcheck import looks_of, repeating_columns, require_columns, rule_texts, to_table
+from titanic_mlops.data.rowcheck import (
+    looks_of,
+    plain,
+    repeating_columns,
+    require_columns,
+    rule_texts,
+    to_table,
+)
 from ..data.sources import LAYOUTS, MISSING_MARKERS, match_layout
 from ..ground.errors import ParameterError, SourceError, StoreError, TitanicError
 from ..ground.settings import Settings
@@ -506,7 +513,7 @@ def _without_views(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     "The batch with views as texts: Arrow can't filter views."
     import pyarrow as pa
 
-    arrays = [_plain(cells) if pa.types.is_string_view(cells.type) else cells for cells in batch.columns]
+    arrays = [plain(cells) if pa.types.is_string_view(cells.type) else cells for cells in batch.columns]
     return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
 
 
@@ -839,7 +846,7 @@ class _Desk:
         row = np.arange(part[0].first + 1, part[0].first + len(probabilities) + 1)
         kept = []
         for name in self._names:
-            cells = pa.chunked_array([_plain(one.batch.column(name)) for one in part]).combine_chunks()
+            cells = pa.chunked_array([plain(one.batch.column(name)) for one in part]).combine_chunks()
             kept.append(cells)
         if rejected:
             good = ~np.isnan(probabilities)
@@ -851,15 +858,6 @@ class _Desk:
     def close(self) -> None:
         self.output.close()
         self.rejections.close()
-
-
-def _plain(cells: "pa.Array") -> "pa.Array":
-    "Cells as they are, neither codes nor views."
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
-    return cells.cast(pa.large_string()) if pa.types.is_string_view(cells.type) else cells
 
 # %% ../../nbs/05_serve/12_batch.ipynb #4a9a8099
 def _kinds(rows: ParquetRows | TextRows, keep: Sequence[str]) -> "pa.Schema":
@@ -931,7 +929,7 @@ def _cast(cells: "pa.Array", kind: "pa.DataType") -> "pa.Array":
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    cells = _plain(cells)
+    cells = plain(cells)
     if pa.types.is_integer(kind) and pa.types.is_floating(cells.type):
         cells = cells.cast(pa.float64())
         cells = pc.if_else(pc.is_nan(cells), pa.scalar(None, pa.float64()), cells)  # no integer says missing
