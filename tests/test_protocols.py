@@ -409,16 +409,8 @@ def test_a_large_table_finds_room_in_the_record(tmp_path: Path):
     own = Settings(store=tmp_path, predictions_queue=1000, predictions_when_full="refuse")
     log = open_prediction_log(own)
     client = TestClient(create_app(OneModel(Half(), "7"), None, log, own))
-    dean = {
-        "pclass": 3,
-        "name": "Dean, Miss. Millvina",
-        "sex": "female",
-        "sibsp": 1,
-        "parch": 2,
-        "ticket": "2315",
-    }
-    rows = [dean] * 6000
-    table = {"dataframe_split": {"columns": list(dean), "data": [list(dean.values())] * 6000}}
+    rows = [DEAN] * 6000
+    table = {"dataframe_split": {"columns": list(DEAN), "data": [list(DEAN.values())] * 6000}}
     assert len(client.post("/invocations", json=table).json()["predictions"]) == 6000
     assert len(client.post("/v1/predict/batch", json=rows).json()["predictions"]) == 6000
     log.close()

@@ -769,18 +769,25 @@ def loaded(bundle: Path, kind: str = "champion") -> Any:
     return admit(bundle, FolderOrigin(bundle).look(), kind, [])
 
 
+def with_failing_canary(bundles: dict[str, Path], method: str) -> tuple[Models, Any]:
+    "Models of which the canary answers all, and raises where it is asked by this method."
+
+    def fail(asked: Any) -> Any:
+        raise ValueError("no")
+
+    models, canary = Models(share=1.0), loaded(bundles["high"], "canary")
+    setattr(canary.model, method, fail)
+    models.install(loaded(bundles["low"]))
+    models.install(canary)
+    return models, canary
+
+
 def test_a_canary_that_errs_fails_no_table(bundles: dict[str, Path]):
     from starlette.testclient import TestClient
 
     from titanic_mlops.serve.app import create_app
 
-    def fail(passengers: Any) -> Any:
-        raise ValueError("no")
-
-    models, canary = Models(share=1.0), loaded(bundles["high"], "canary")
-    canary.model.many = fail
-    models.install(loaded(bundles["low"]))
-    models.install(canary)
+    models, canary = with_failing_canary(bundles, "many")
     client, digest = TestClient(create_app(models)), digest_of(bundles["low"])
     for path, body in (
         ("/v1/predict/batch", [PASSENGER] * 300),
@@ -792,22 +799,14 @@ def test_a_canary_that_errs_fails_no_table(bundles: dict[str, Path]):
         assert answer.headers["x-bundle-digest"] == digest
     lines = "\n".join([json.dumps(PASSENGER)] * 3)
     kind = {"content-type": "application/x-ndjson"}
-    models.install(canary)
-    answer = client.post(
-        "/v1/predict/batch", content=lines, headers=kind
-    )  # its headers have promised the canary
+    models.install(canary)  # whom the answer's headers will have promised
+    answer = client.post("/v1/predict/batch", content=lines, headers=kind)
     assert "failed; ask for the rest again" in answer.text
     models.close()
 
 
 def test_a_canary_that_errs_never_fails_a_client(bundles: dict[str, Path]):
-    def fail(passenger: Any) -> float:
-        raise ValueError("no")
-
-    models, canary = Models(share=1.0), loaded(bundles["high"], "canary")
-    canary.model.one = fail
-    models.install(loaded(bundles["low"]))
-    models.install(canary)
+    models, _ = with_failing_canary(bundles, "one")
     answers = set()
     for number in range(10):
         served = models.pick(b"%d" % number)
