@@ -438,10 +438,9 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run(tmp_path: Path):
         run = own.start("run", *QUICK)
         wait_for(own, "job started", "train.boosting")
         filler = own.store / "filler"
-        with filler.open("wb") as file, pytest.raises(OSError, match="No space"):
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(b"x" * 65536)
-                file.flush()
         _, said = run.communicate(timeout=200)
         assert run.returncode == 2 and "defect" not in said, said
         assert "space" in said or "full" in said, said
