@@ -33,7 +33,7 @@ from titanic_mlops.flow.cache import (
     why_unknown,
 )
 from .configuration import RunConfig
-from .execution import Stop, alone, execute, kernel_name
+from .execution import Stop, alone, execute, import_ahead, kernel_name
 from .kernels import KERNEL_NAME, install_kernelspec, warm_up
 from titanic_mlops.flow.records import (
     Books,
@@ -371,9 +371,10 @@ def _warm(settings: Settings) -> float:  # seconds that its start is worth waiti
 
 
 def _import_ahead(books: Books) -> Books:  # the same
-    "Import what the first job needs, while the server, the parent and its first fork get ready."
+    "Import what the flow needs, while the server, the parent and its first fork get ready."
+    import prefect.flow_engine
+    import prefect.task_engine
     import prefect.task_runners  # noqa: F401
-    from nbconvert import HTMLExporter  # noqa: F401
 
     return books
 
@@ -462,6 +463,7 @@ def _announce(run: _Run, jobs: Sequence[Job]) -> None:
 
 def _wait(run: _Run, api: PrefectApi) -> None:
     "Wait for Prefect's API. A temporary server that does not come up is reported, and done without."
+    import_ahead()
     try:
         api.wait()
     except StoreError as error:
