@@ -147,6 +147,44 @@ def test_its_ports_are_open_when_it_has_started_and_it_can_say_which():
         manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.parametrize("kind", ["KernelManager", "AsyncKernelManager"])
+def test_a_client_has_it_when_it_is_ready_and_hears_nothing_older(kind):
+    import asyncio
+    import queue
+
+    import jupyter_client.manager
+    from jupyter_core.utils import ensure_async
+
+    async def first_words() -> None:
+        manager = getattr(jupyter_client.manager, kind)(kernel_name="warm-small")
+        await ensure_async(manager.start_kernel())
+        client = manager.client()
+        client.start_channels()
+        began = time.monotonic()
+        await ensure_async(client.wait_for_ready(timeout=60))
+        took.append(time.monotonic() - began)
+        with pytest.raises(queue.Empty):
+            await ensure_async(client.get_iopub_msg(timeout=0.3))
+        asked = client.execute("print('the first word')")
+        heard = []
+        while heard[-1:] != ["idle"]:
+            message = await ensure_async(client.get_iopub_msg(timeout=10))
+            assert message["parent_header"]["msg_id"] == asked
+            heard.append(message["content"].get("execution_state") or message["content"].get("text"))
+        assert "the first word\n" in heard
+        client.stop_channels()
+        await ensure_async(manager.shutdown_kernel(now=True))
+        with pytest.raises(RuntimeError, match="died"):
+            client = manager.client()
+            client.start_channels()
+            await ensure_async(client.wait_for_ready(timeout=60))
+
+    took: list[float] = []
+    for _ in range(5):
+        asyncio.run(first_words())
+    assert min(took) < 0.2  # Jupyter's own listens to silence for as long as that
+
+
 def test_it_looks_like_an_ordinary_kernel_from_inside(start, tmp_path):
     "Whatever a notebook can see of its process is the same on both kernels."
     look = """

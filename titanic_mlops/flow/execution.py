@@ -141,28 +141,6 @@ def _execute(
         raise _broken_off(nb_man.nb, at, what, do) from error
 
 # %% ../../nbs/04_flow/05_execution.ipynb #bf5868b0
-def _prompt_client() -> type:
-    from queue import Empty
-
-    from jupyter_client.asynchronous import AsyncKernelClient
-
-    class PromptClient(AsyncKernelClient):
-        async def wait_for_ready(self, timeout: float | None = None) -> None:
-            "Return when the kernel has answered on both channels. Raises `RuntimeError` for one that is dead or silent."
-            until = time.monotonic() + (timeout or float("inf"))
-            while time.monotonic() < until:
-                self.kernel_info()
-                with suppress(Empty):
-                    reply = await self.shell_channel.get_msg(timeout=1)
-                    await self.iopub_channel.get_msg(timeout=0.2)
-                    return self._handle_kernel_info_reply(reply)
-                if not await self.is_alive():
-                    raise RuntimeError("Kernel died before replying to kernel_info")
-            raise RuntimeError(f"Kernel did not answer in {timeout:g} s")
-
-    return PromptClient
-
-
 def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Stop) -> type:
     from nbclient.exceptions import DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
@@ -170,11 +148,6 @@ def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Sto
 
     class StepClient(PapermillNotebookClient):
         ended: int | None = None  # the kernel's exit code, if it ended before it was asked to
-
-        def create_kernel_manager(self):
-            manager = super().create_kernel_manager()
-            manager.client_factory = _prompt_client()
-            return manager
 
         def execute_cell(self, *arguments, **named):
             try:

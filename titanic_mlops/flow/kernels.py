@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import queue
 import selectors
 import signal
 import socket
@@ -26,7 +27,7 @@ import threading
 import time
 import traceback
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -926,6 +927,48 @@ async def _fork_process(
             os.close(file)
     return _ForkedProcess(channel, answer["pid"])
 
+# %% ../../nbs/04_flow/00_kernels.ipynb #6dae7830
+async def _heard(
+    channel: Any,  # of a kernel client
+    asked: str,  # id of a request
+    what: Callable[[dict], bool],
+    patience: float = 1.0,  # seconds of silence
+) -> dict:  # the message. Raises `queue.Empty`
+    "Read a channel until it brings the message that answers a request."
+    from jupyter_core.utils import ensure_async
+
+    while True:
+        message = await ensure_async(channel.get_msg(timeout=patience))
+        if message["parent_header"].get("msg_id") == asked and what(message):
+            return message
+
+
+async def _wait_for_ready(self, timeout: float | None = None) -> None:  # as `KernelClient` has it
+    until = time.monotonic() + (timeout or float("inf"))
+    while time.monotonic() < until:
+        asked = self.kernel_info()
+        with contextlib.suppress(queue.Empty):
+            reply = await _heard(self.shell_channel, asked, lambda m: m["msg_type"] == "kernel_info_reply")
+            # who has just begun to listen may have missed it: then it is asked once more
+            done = lambda m: m["content"].get("execution_state") == "idle"
+            await _heard(self.iopub_channel, asked, done, patience=0.2)
+            return self._handle_kernel_info_reply(reply)
+        if not await self._async_is_alive():
+            raise RuntimeError("Kernel died before replying to kernel_info")
+    raise RuntimeError(f"Kernel didn't respond in {timeout:g} seconds")
+
+
+def _prompt(
+    client: type,  # that a kernel manager makes
+) -> type:  # the same, if it is none of Jupyter's own two
+    "A client that takes its kernel for ready as soon as it is."
+    from jupyter_client.asynchronous import AsyncKernelClient
+    from jupyter_client.blocking import BlockingKernelClient
+    from jupyter_core.utils import run_sync
+
+    ready = {AsyncKernelClient: _wait_for_ready, BlockingKernelClient: run_sync(_wait_for_ready)}
+    return type(client.__name__, (client,), {"wait_for_ready": ready[client]}) if client in ready else client
+
 # %% ../../nbs/04_flow/00_kernels.ipynb #c51429fc
 class WarmProvisioner(LocalProvisioner):
     "Starts kernels as forks of a process that has the libraries imported, or as usual where that can't be."
@@ -942,6 +985,8 @@ class WarmProvisioner(LocalProvisioner):
         except (_Cold, OSError, subprocess.CalledProcessError) as reason:
             self.log.warning("%s: an ordinary kernel is started, because %s", KERNEL_NAME, reason)
             return await super().launch_kernel(cmd, **kwargs)
+        if self.parent:  # the manager, of whom papermill and others get their clients
+            self.parent.client_factory = _prompt(self.parent.client_factory)
         self.process: Any = process
         self.pid = self.pgid = process.pid
         self.cwd = kwargs.get("cwd") or Path.cwd()
