@@ -273,7 +273,7 @@ def import_ahead() -> None:
     with _one_page:
         _exporter().from_notebook_node(new_notebook(cells=[new_markdown_cell("a"), new_code_cell("a")]))
 
-
+# %% ../../nbs/04_flow/05_execution.ipynb #0e6469b4
 def _keep_failed(job: Job, aside: Path, store: Path) -> str:
     "Keep what a failed step has made so far: its notebook, and outputs such as quarantined rows."
     if not (aside / "notebook.ipynb").exists():
