@@ -428,8 +428,9 @@ def run_pipeline(
     jobs = plan(config)  # parameters are checked before anything starts
     check_address(config.source)
     preflight(settings)
-    outlook = foresee(jobs, settings, again)
-    if all(o.fate == "recall" for o in outlook):
+    known = (settings.store / "steps").exists()  # in a new store nothing is
+    outlook = foresee(jobs, settings, again) if known else []
+    if known and all(o.fate == "recall" for o in outlook):
         summary = _replay(config, settings, outlook, listener)
         if summary:
             return summary
@@ -441,7 +442,7 @@ def run_pipeline(
         run.seats, run.turn = seats or run.seats, turn or run.turn
         _announce(run, jobs)
         try:
-            _wait(run, api)
+            _wait(run, api, jobs)
             with run.heartbeat():
                 results = _all_jobs(run, jobs)
             return _close(run, results, started)
@@ -461,9 +462,10 @@ def _announce(run: _Run, jobs: Sequence[Job]) -> None:
             run.tell(Event("notice", text=text))
 
 
-def _wait(run: _Run, api: PrefectApi) -> None:
+def _wait(run: _Run, api: PrefectApi, jobs: Sequence[Job]) -> None:
     "Wait for Prefect's API. A temporary server that does not come up is reported, and done without."
     import_ahead()
+    foresee(jobs, run.settings)  # digests of the sources are remembered
     try:
         api.wait()
     except StoreError as error:
