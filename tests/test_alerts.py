@@ -237,7 +237,26 @@ def test_an_address_that_is_none_is_said():
 
     with pytest.raises(AlertError, match="not complete"):
         channels_of(Settings(alert_email="smtp://example.org"))
+    with pytest.raises(AlertError, match="not complete"):
+        channels_of(Settings(alert_email="smtp://mail:abc/?from=a@example.org&to=b@example.org"))
     assert "secret" not in repr(Settings(alert_secret="secret"))
+
+
+class Broken:
+    name = "broken"
+
+    def send(self, notice: alerts.Notice, key: str) -> None:
+        "ä secret".encode("ascii")
+
+
+def test_a_channel_that_breaks_holds_up_nobody(tmp_path: Path):
+    with Listener() as listener:
+        desk = Desk(tmp_path, {"broken": Broken(), "webhook": Webhook(listener.url)})
+        desk.note([trouble()], ["drift"])
+        done = deliver(desk)
+    assert (done.sent, done.waiting, done.errors) == (1, 1, ["broken: UnicodeEncodeError"])
+    [letter] = desk.read().outbox
+    assert letter.attempts == 1 and letter.due > time.time()
 
 
 WATCHER = """

@@ -283,7 +283,11 @@ class Email:
     name = "email"
 
     def __init__(self, url: str):
-        self.url = urlsplit(url)
+        try:
+            self.url = urlsplit(url)
+            self.port = self.url.port or (465 if self.url.scheme == "smtps" else 587)
+        except ValueError:  # a port that is no number, half an address in brackets
+            self.url = urlsplit("")
         asked = parse_qs(self.url.query)
         self.sender, self.to = asked.get("from", [""])[0], asked.get("to", [])
         if self.url.scheme not in ("smtp", "smtps") or not (self.url.hostname and self.sender and self.to):
@@ -305,9 +309,9 @@ class Email:
         host, tls = self.url.hostname or "", ssl.create_default_context()
         try:
             if self.url.scheme == "smtps":
-                server: smtplib.SMTP = smtplib.SMTP_SSL(host, self.url.port or 465, timeout=10, context=tls)
+                server: smtplib.SMTP = smtplib.SMTP_SSL(host, self.port, timeout=10, context=tls)
             else:
-                server = smtplib.SMTP(host, self.url.port or 587, timeout=10)
+                server = smtplib.SMTP(host, self.port, timeout=10)
             with server:
                 if self.url.scheme == "smtp" and (server.ehlo()[0], server.has_extn("starttls"))[1]:
                     server.starttls(context=tls)
@@ -510,7 +514,8 @@ def _attempt(desk: Desk, letter: Letter) -> Letter | None:  # None: it was taken
         if channel is None:
             raise Undelivered(f"there is no channel {letter.channel} any more", final=True)
         channel.send(letter.notice, letter.key)
-    except Undelivered as refusal:
+    except Exception as error:  # whatever it is, the letters behind this one are sent
+        refusal = error if isinstance(error, Undelivered) else Undelivered(type(error).__name__)
         now = time.time()
         letter.error = str(refusal)
         letter.due = now + max(refusal.after, _wait(letter.attempts))
