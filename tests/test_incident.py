@@ -440,6 +440,25 @@ def test_a_person_was_faster(own: Settings, trial: Any, monkeypatch: pytest.Monk
     assert trial.registry.alias("champion").number == trial.before.number
 
 
+def test_a_model_that_was_promoted_meanwhile_stays(
+    own: Settings, trial: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import titanic_mlops.watch.incident as module
+
+    _, newest = registered(own, tmp_path / "newest", 3.0)
+
+    def slow(*_: Any) -> str:
+        trial.registry.promote(newest, trial.made, "better", "the gate said so", by="ismay")
+        return "it is wrong"
+
+    monkeypatch.setattr(module, "wrongness", slow)
+    try:
+        assert guard(own) == (None, [])
+        assert trial.registry.entries()[-1].to_version == newest.number
+    finally:
+        trial.registry.rollback(trial.before.number, "the test is over", "test")
+
+
 def test_a_server_that_is_away_is_no_trouble(own: Settings, trial: Any):
     assert guard(own.model_copy(update={"guard_server": "http://127.0.0.1:9"})) == (None, [])
 

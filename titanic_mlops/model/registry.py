@@ -520,11 +520,19 @@ def rollback(
     to: int | None = None,  # number of a version that was champion; None: the one before
     reason: str = "no reason given",
     by: str = "",  # who answers for it; empty: the settings' `actor`, or else the account
+    after: int | None = None,  # number of the entry that must be the last one still; None: whichever is
 ) -> Entry:
     "Make an earlier champion the champion again, on record. Raises `RegistryError` if it never was one."
     require_reason(reason)
     self.settle()
     entries = self.entries()
+    if after is not None and entries and entries[-1].number != after:
+        raise RegistryError(
+            f"the champion was moved after entry {after} of the ledger",
+            where=f"entry {entries[-1].number}, by {entries[-1].by}",
+            rule="what was found out about a champion takes back no other",
+            do="look at it (titanic history), then decide again",
+        )
     earlier = succession(entries)[:-1]
     if not earlier:
         raise RegistryError(

@@ -455,6 +455,7 @@ FALSE_ALARMS = 0.01  # chance that a champion who is no worse is ever taken back
 class Trial:
     "A champion that is new, and the one to go back to."
 
+    entry: int  # of the ledger: the promotion
     version: int
     digest: str
     since: float  # seconds since 1970
@@ -474,7 +475,7 @@ def on_trial(
     last, since = entries[-1], datetime.fromisoformat(entries[-1].time).timestamp()
     if now - since > hours * 3600:
         return None
-    return Trial(last.to_version, last.to_digest, since, line[-2].to_version, line[-2].to_digest)
+    return Trial(last.number, last.to_version, last.to_digest, since, line[-2].to_version, line[-2].to_digest)
 
 
 def looks(
@@ -703,8 +704,9 @@ def _judge_trial(own: Settings, registry: "Registry", trial: Trial, health: Heal
         registry.fetch(registry.version(trial.before))  # its bundle is here
         why = wrongness(prediction_folder(own), trial, own.store / "bundles", own.guard_loss, own.trusted)
     if why:
+        said = f"version {trial.version} on trial: {why}"[:1000]
         try:
-            registry.rollback(trial.before, f"version {trial.version} on trial: {why}"[:1000], WATCHER)
+            registry.rollback(trial.before, said, WATCHER, after=trial.entry)
         except RegistryError:
             if on_trial(registry.entries(), own.guard_hours, trial.since) == trial:  # nobody was faster
                 raise
