@@ -339,17 +339,20 @@ def truth(row: dict[str, Any]) -> float:
 class Pages(http.server.BaseHTTPRequestHandler):
     "A server's /readyz and /metrics."
 
-    digest, requests, failed, slow = "", 0, 0, 0
+    digest, requests, failed, slow = "", 0, 0, 0  # slow: above 0.25 s
+    slower = 0  # above 0.5 s
 
     def do_GET(self) -> None:
         of = type(self)
         good, quick = of.requests - of.failed, of.requests - of.slow
+        fair = of.requests - min(of.slow, of.slower)
         metrics = (
             "# TYPE titanic_requests counter\n"
             f'titanic_requests_total{{route="/v1/predict",method="POST",status="200"}} {good}\n'
             f'titanic_requests_total{{route="/v1/predict",method="POST",status="500"}} {of.failed}\n'
             "# TYPE titanic_request_seconds histogram\n"
             f'titanic_request_seconds_bucket{{route="/v1/predict",le="0.25"}} {quick}\n'
+            f'titanic_request_seconds_bucket{{route="/v1/predict",le="0.5"}} {fair}\n'
             f'titanic_request_seconds_bucket{{route="/v1/predict",le="+Inf"}} {of.requests}\n'
             f'titanic_request_seconds_count{{route="/v1/predict"}} {of.requests}\n'
             f'titanic_request_seconds_sum{{route="/v1/predict"}} 1\n'
@@ -411,6 +414,30 @@ def test_a_champion_that_does_harm_is_taken_back(own: Settings, trial: Any, page
     assert (last.action, last.by, last.to_version) == ("rollback", "watcher", trial.before.number)
     assert {"wrong": "log loss", "failing": "failed", "slow": "longer"}[what] in last.reason
     assert guard(own) == (None, []) and trial.registry.entries()[-1] == last  # once
+
+
+def test_a_model_that_a_person_brings_back_is_on_trial_anew(own: Settings, trial: Any, pages: type[Pages]):
+    own = own.model_copy(update={"guard_server": pages.url})
+    pages.digest, pages.requests = trial.made.digest, 50
+    assert guard(own) == (None, [])
+    pages.requests, pages.failed = 250, 40
+    assert guard(own)[0].outcome == "rolled back"
+    registry, why = trial.registry, "it was the disk, not the model"
+    registry.promote(trial.made, trial.before, "", why, by="lightoller", override=True)
+    pages.requests = 260
+    assert guard(own) == (None, [])
+    assert registry.alias("champion").number == trial.made.number
+
+
+def test_another_bound_for_slow_is_no_harm(own: Settings, trial: Any, pages: type[Pages]):
+    own = own.model_copy(update={"guard_server": pages.url, "guard_p99": 0.5})
+    pages.digest, pages.requests, pages.slow = trial.made.digest, 10_000, 3000  # above 0.25 s
+    assert guard(own) == (None, [])
+    pages.requests = 10_100
+    assert guard(own) == (None, [])
+    lower = own.model_copy(update={"guard_p99": 0.25})
+    for pages.requests in (10_200, 10_300):
+        assert guard(lower) == (None, [])
 
 
 def test_a_harm_of_long_ago_or_of_another_is_left_to_people(own: Settings, trial: Any):

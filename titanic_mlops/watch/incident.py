@@ -557,12 +557,16 @@ class Health(BaseModel):
     "What was counted, on the disk between two looks."
 
     digest: str = ""  # of the model that answered at the last look
+    entry: int = 0  # of the ledger: the last trial
+    p99: float = 0.0  # seconds: what counted as slow
     last: Counts = Counts()
     of: dict[str, Counts] = {}  # digest -> what belongs to it
     recent: list[Counts] = []  # the last looks, at least `RECENT` requests if there were as many
 
-    def add(self, digest: str, now: Counts) -> None:
+    def add(self, digest: str, now: Counts, p99: float = 0.0) -> None:
         "Enter a look."
+        if p99 != self.p99:  # counters of another kind: as if the server was started anew
+            self.digest, self.of, self.p99 = "", {}, p99
         new = now - self.last
         if self.digest and min(new.model_dump().values()) >= 0 and new.requests:
             if digest == self.digest:
@@ -573,10 +577,17 @@ class Health(BaseModel):
         self.digest, self.last = digest, now
         self.of = dict(list(self.of.items())[-5:])
 
+    def begin(self, trial: Trial) -> None:
+        "What a model did before it was promoted is no part of its trial."
+        if self.entry != trial.entry:
+            self.of.pop(trial.digest, None)
+            self.entry = trial.entry
+
     def trouble(self, digest: str, own: Settings) -> str:  # empty: all is well
         "Does a model fail too often, or is it too slow?"
         of = self.of.get(digest, Counts())
-        asked, failed, slow = int(of.requests), int(of.failed), int(of.slow)
+        asked, failed = int(of.requests), int(of.failed)
+        slow = min(int(of.slow), asked)  # two counters, which a server does not raise at the same moment
         if surely_above(failed, asked, _SURE) > own.guard_errors:
             return f"{failed} of {asked} requests failed (at most {own.guard_errors:.0%})"
         if surely_above(slow, asked, _SURE) > 0.01:
@@ -626,16 +637,19 @@ def ask_server(
         return None
 
 
+def _health_file(own: Settings) -> Path:
+    return Casebook(own).folder / "health.json"
+
+
 def check_health(own: Settings) -> Health:
     "Ask the server, and keep what it says. Only one watcher may at a time."
-    file = Casebook(own).folder / "health.json"
     try:
-        health = Health.model_validate_json(file.read_bytes())
+        health = Health.model_validate_json(_health_file(own).read_bytes())
     except (OSError, ValidationError):
         health = Health()
     if own.guard_server and (said := ask_server(own)):
-        health.add(*said)
-        write_atomic(file, health.model_dump_json() + "\n")
+        health.add(*said, own.guard_p99)
+        write_atomic(_health_file(own), health.model_dump_json() + "\n")
     return health
 
 # %% ../../nbs/06_watch/05_incident.ipynb #6acf0d86
@@ -693,6 +707,8 @@ def guard(
         registry.settle()
         trial = on_trial(registry.entries(), own.guard_hours, now())
         if trial is not None:
+            health.begin(trial)
+            write_atomic(_health_file(own), health.model_dump_json() + "\n")
             _judge_trial(own, registry, trial, health)
         return _recorded(own, casebook, registry), [alert] if alert else []
 
