@@ -161,6 +161,21 @@ def test_nobody_there_and_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "<b>" not in json.loads(first)["blocks"][0]["text"]["text"]
 
 
+def test_no_end_overtakes_its_beginning(tmp_path: Path):
+    with Listener(503) as listener:
+        desk = Desk(tmp_path, {"webhook": Webhook(listener.url)})
+        desk.note([trouble()], ["drift"])
+        assert deliver(desk).waiting == 1
+        desk.note([trouble("fare")], ["drift"])  # the end of one, the beginning of another
+        desk.note([trouble("fare"), trouble("sex")], ["drift"])
+        done = deliver(desk)
+        assert (done.sent, done.waiting) == (1, 2)  # what has nothing to do with it goes at once
+        assert deliver(desk, patience=20).waiting == 0
+        said = [json.loads(body) for _, body in listener.taken]
+    told = [[[alert["subject"] for alert in one[state]] for state in ("firing", "resolved")] for one in said]
+    assert told == [[["sex"], []], [["age"], []], [["fare"], ["age"]]]
+
+
 def test_what_nobody_takes_is_kept_and_can_be_sent_again(tmp_path: Path):
     with Listener(400, 404) as listener:
         desk = Desk(tmp_path, {"webhook": Webhook(listener.url)})

@@ -3887,6 +3887,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'titanic_mlops/watch/alerts.py'),
                                             'titanic_mlops.watch.alerts._bury': ( '06_watch/alerts.html#_bury',
                                                                                   'titanic_mlops/watch/alerts.py'),
+                                            'titanic_mlops.watch.alerts._next': ( '06_watch/alerts.html#_next',
+                                                                                  'titanic_mlops/watch/alerts.py'),
                                             'titanic_mlops.watch.alerts._permanent': ( '06_watch/alerts.html#_permanent',
                                                                                        'titanic_mlops/watch/alerts.py'),
                                             'titanic_mlops.watch.alerts._post': ( '06_watch/alerts.html#_post',

@@ -535,6 +535,17 @@ class Delivery(BaseModel):
     errors: list[str] = []
 
 
+def _next(outbox: Iterable[Letter], moment: float) -> Letter | None:
+    "The first letter that is due and overtakes none about the same alert."
+    held: set[tuple[str, str]] = set()
+    for letter in outbox:
+        about = {(letter.channel, alert.key) for alert in [*letter.notice.fires, *letter.notice.ends]}
+        if letter.due <= moment and not about & held:
+            return letter
+        held |= about
+    return None
+
+
 def deliver(
     desk: Desk,
     patience: float = 0.0,  # seconds to go on trying what is not taken at once
@@ -546,8 +557,8 @@ def deliver(
     try:
         with FileLock(desk.folder / ".post.lock", timeout=patience):
             while True:
-                due = [letter for letter in desk.read().outbox if letter.due <= time.time()]
-                for letter in due:
+                moment = time.time()
+                while letter := _next(desk.read().outbox, moment):
                     left = _attempt(desk, letter)
                     with desk.change() as book:
                         stay = left if left and left.due != float("inf") else None
