@@ -161,6 +161,21 @@ def test_nobody_there_and_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "<b>" not in json.loads(first)["blocks"][0]["text"]["text"]
 
 
+def test_what_can_not_be_written_down_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Listener() as listener:
+        desk = Desk(tmp_path, {"webhook": Webhook(listener.url)})
+        desk.note([trouble()], ["drift"])
+        with monkeypatch.context() as patch:
+            patch.setattr(alerts, "write_atomic", full)
+            with pytest.raises(OSError, match="No space"):
+                deliver(desk)
+        assert not listener.got
+        assert deliver(desk).sent == 1
+
+
 def test_no_end_overtakes_its_beginning(tmp_path: Path):
     with Listener(503) as listener:
         desk = Desk(tmp_path, {"webhook": Webhook(listener.url)})

@@ -144,9 +144,15 @@ def test_many_looks_are_joined_and_a_damaged_file_is_named(tmp_path: Path):
         write(tmp_path / "predictions", passengers(4, number), name=f"n{number}")
         seen = look(tmp_path / "predictions", memory, references, MODEL.digest, now=START + 600)
     assert seen.drift.rows == 240 and len(list(memory.folder.glob("*.npz"))) < 50
-    sorted(memory.folder.glob("look-*.npz"))[-1].write_bytes(b"no archive")
-    with pytest.raises(AlertError, match="can't be read"):
-        look(tmp_path / "predictions", memory, references, now=START + 600)
+    last = sorted(memory.folder.glob("look-*.npz"))[-1]
+    whole = last.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(b ^ 0xFF for b in whole[middle : middle + 8]) + whole[middle + 8 :]
+    for damaged in (b"no archive", b"", whole[:middle], flipped):
+        last.write_bytes(damaged)
+        with pytest.raises(AlertError, match="can't be read") as error:
+            look(tmp_path / "predictions", memory, references, now=START + 600)
+        assert error.value.where == str(last)
 
 
 WATCHER = """
@@ -251,6 +257,39 @@ def test_a_tracking_server_that_is_away_is_said(moved: Path, monkeypatch: pytest
     again = watched(monkeypatch, moved, "--record", "--every", "60")
     assert isinstance(again.exception, Enough), "it went on to wait for the next look"
     assert "not kept" in again.output and "nobody is there" in again.output
+
+
+def test_a_look_that_fails_is_not_the_last(moved: Path, monkeypatch: pytest.MonkeyPatch):
+    from titanic_mlops.face import watch_commands
+    from titanic_mlops.ground.errors import BundleError
+    from titanic_mlops.watch import alerts, monitor
+
+    class Enough(Exception):
+        pass
+
+    failures: list[Exception] = [
+        OSError(28, "No space left", "x"),
+        BundleError("not a bundle"),
+        ValueError("odd"),
+    ]
+    sent: list[object] = []
+
+    def failing(*_) -> None:
+        raise failures.pop(0)
+
+    def wait(seconds: float) -> None:
+        if not failures:
+            raise Enough
+
+    monkeypatch.setattr(watch_commands.time, "sleep", wait)
+    monkeypatch.setattr(monitor, "watch_once", failing)
+    monkeypatch.setattr(alerts, "deliver", lambda desk: sent.append(desk))
+    again = watched(monkeypatch, moved, "--every", "60")
+    assert isinstance(again.exception, Enough)
+    assert all(said in again.output for said in ("the disk is full", "not a bundle", "ValueError: odd"))
+    assert len(sent) == 3, "what waits is sent nevertheless"
+    failures[:] = [BundleError("not a bundle")]
+    assert isinstance(watched(monkeypatch, moved).exception, BundleError), "a scheduler must know"
 
 
 @pytest.mark.long

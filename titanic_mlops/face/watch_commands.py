@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from .screen import console, escape
 
-from ..ground.errors import AlertError, ParameterError, TitanicError
+from ..ground.errors import ParameterError, TitanicError, explain
 from ..ground.settings import Settings, settings
 from ..ground.store import write_atomic
 
@@ -61,6 +61,23 @@ def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
         )
 
 # %% ../../nbs/07_face/09_watch.ipynb #ac7ab002
+def _why(error: Exception) -> str:
+    "An error in a line: the watching goes on."
+    known = explain(error) or f"{type(error).__name__}: {error}"
+    return "; ".join(line.strip() for line in str(known).splitlines())
+
+
+def _post(own: Settings) -> None:
+    "Send what waits. What can't be sent now waits for the next look."
+    from titanic_mlops.watch.alerts import deliver
+    from titanic_mlops.watch.monitor import open_desk
+
+    try:
+        deliver(open_desk(own))
+    except Exception as error:
+        console().print(f"[yellow]not sent[/]  {escape(_why(error))}")
+
+
 class _Acting:
     "Follows the policy beside the looks."
 
@@ -103,12 +120,9 @@ class _Acting:
 
     def wait(self) -> None:
         "Wait until what was begun is done, and send what is to be told of it."
-        from titanic_mlops.watch.alerts import deliver
-        from titanic_mlops.watch.monitor import open_desk
-
         if self._thread.ident:
             self._thread.join()
-            deliver(open_desk(self.own))
+            _post(self.own)
 
 # %% ../../nbs/07_face/09_watch.ipynb #ac7ab011
 class _Keeping:
@@ -178,10 +192,11 @@ def watch(
     while True:
         try:
             seen, alerts, sent = watch_once(own, hours, outcome_hours)
-        except AlertError as error:
+        except Exception as error:
             if not every:
                 raise
-            console().print(f"[yellow]{error.what}[/]")
+            console().print(f"[yellow]no look[/]  {escape(_why(error))}")
+            _post(own)
         else:
             _show(seen, alerts, sent)
             try:
@@ -189,10 +204,10 @@ def watch(
             except Exception as error:
                 if not every:
                     raise
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                console().print(f"[yellow]not kept[/]  {escape(why)}")
+                console().print(f"[yellow]not kept[/]  {escape(_why(error))}")
             if act:
                 acting.step(alerts, seen.bundle)
+                _post(own)
             if not every:
                 acting.wait()
                 raise typer.Exit(1 if alerts else 0)

@@ -556,6 +556,9 @@ def deliver(
     done, deadline = Delivery(), time.monotonic() + patience
     try:
         with FileLock(desk.folder / ".post.lock", timeout=patience):
+            if desk.read().outbox:
+                with desk.change():
+                    pass  # on a full disk nothing is sent: it could not be written down, and would be sent again
             while True:
                 moment = time.time()
                 while letter := _next(desk.read().outbox, moment):

@@ -10,6 +10,7 @@ __all__ = ['Key', 'Seen', 'Memory', 'open_reference', 'References', 'read_on', '
 import json
 import math
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -136,7 +138,7 @@ class Memory:
         for file in self._files():
             try:
                 seen.add(Seen.of_bytes(file.read_bytes()))
-            except (ValueError, KeyError, OSError, EOFError) as error:
+            except (ValueError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
                 raise AlertError(
                     f"what a watcher has kept can't be read: {error}",
                     where=str(file),
