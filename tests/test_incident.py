@@ -17,6 +17,7 @@ import pytest
 from checkout import BIN, ROOT, Checkout
 from test_ledger import weak_bundle
 
+from titanic_mlops.ground.errors import AlertError
 from titanic_mlops.ground.settings import Settings, settings
 from titanic_mlops.ground.store import Artifacts
 from titanic_mlops.watch.alerts import Alert
@@ -341,9 +342,12 @@ class Pages(http.server.BaseHTTPRequestHandler):
 
     digest, requests, failed, slow = "", 0, 0, 0  # slow: above 0.25 s
     slower = 0  # above 0.5 s
+    locked = False
 
     def do_GET(self) -> None:
         of = type(self)
+        if of.locked and self.headers["authorization"] != "Bearer right" and self.path == "/metrics":
+            return self.send_error(403)
         good, quick = of.requests - of.failed, of.requests - of.slow
         fair = of.requests - min(of.slow, of.slower)
         metrics = (
@@ -488,6 +492,38 @@ def test_a_model_that_was_promoted_meanwhile_stays(
 
 def test_a_server_that_is_away_is_no_trouble(own: Settings, trial: Any):
     assert guard(own.model_copy(update={"guard_server": "http://127.0.0.1:9"})) == (None, [])
+
+
+def test_a_guard_that_sees_nothing_says_so(own: Settings, trial: Any, pages: type[Pages]):
+    locked = own.model_copy(update={"guard_server": pages.url, "guard_key": "wrong"})
+    pages.locked, pages.digest = True, trial.made.digest
+    with pytest.raises(AlertError, match=r"answers the guard with 403[\s\S]*scope admin"):
+        guard(locked)
+    assert guard(locked.model_copy(update={"guard_key": "right"})) == (None, [])
+    for address in (pages.url.removeprefix("http://"), "http://[::1", "ftp://x"):
+        with pytest.raises(AlertError, match="no address to ask"):
+            guard(own.model_copy(update={"guard_server": address}))
+    answers(own, trial.made, 60, time.time(), lambda row: 1 - truth(row), "unseen")
+    with pytest.raises(AlertError, match="answers the guard"):  # outcomes count nevertheless
+        guard(locked)
+    assert trial.registry.alias("champion").number == trial.before.number
+
+
+def test_who_could_not_act_does_not_say_that_all_is_well(own: Settings, monkeypatch: pytest.MonkeyPatch):
+    from typer.testing import CliRunner
+
+    from titanic_mlops.face.cli import app
+
+    monkeypatch.setenv("TITANIC_STORE", str(own.store))
+    watch = lambda: CliRunner().invoke(app, ["watch", "--act", "--hours", "1"])
+    calm = watch()
+    assert calm.exit_code < 2, calm.output
+    Casebook(own).file.write_text("{")
+    done = watch()
+    assert done.exit_code == 2 and "book of incidents can't be read" in done.output, done.output
+    monkeypatch.setenv("TITANIC_GUARD_SERVER", "127.0.0.1:9")
+    done = watch()
+    assert done.exit_code == 2 and "could not look after the champion" in done.output, done.output
 
 
 # --- the drill

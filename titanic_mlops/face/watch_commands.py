@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from .screen import console, escape
 
-from ..ground.errors import ParameterError, TitanicError, explain
+from ..ground.errors import ParameterError, explain
 from ..ground.settings import Settings, settings
 from ..ground.store import write_atomic
 
@@ -64,7 +64,7 @@ def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
 def _why(error: Exception) -> str:
     "An error in a line: the watching goes on."
     known = explain(error) or f"{type(error).__name__}: {error}"
-    return "; ".join(line.strip() for line in str(known).splitlines())
+    return "; ".join(" ".join(line.split()) for line in str(known).splitlines())
 
 
 def _post(own: Settings) -> None:
@@ -83,8 +83,10 @@ class _Acting:
 
     def __init__(self, own: Settings):
         self.own, self._thread, self._said = own, threading.Thread(), ""
+        self.code = 0  # 1: somebody was told, 2: something could not be done
 
-    def _say(self, said: str) -> None:
+    def _say(self, said: str, code: int) -> None:
+        self.code = max(self.code, code)
         if said != self._said:
             console().print(f"[bold]{datetime.now(UTC):%H:%M:%S}[/] {escape(said)}")
         self._said = said
@@ -94,11 +96,11 @@ class _Acting:
 
         try:
             incident = respond(self.own, alerts, bundle)
-        except TitanicError as error:
-            self._say(f"could not act: {error.what}")
+        except Exception as error:
+            self._say(f"could not act: {_why(error)}", 2)
         else:
             if incident:
-                self._say(f"incident {incident.id}: {incident.timeline[-1][1]}")
+                self._say(f"incident {incident.id}: {incident.timeline[-1][1]}", int(incident.told))
 
     def step(self, alerts: "list[Alert]", bundle: str) -> None:
         "Look after a new champion now, and begin what the policy says if nothing is under way."
@@ -106,12 +108,12 @@ class _Acting:
 
         try:
             taken, more = guard(self.own)
-        except TitanicError as error:
-            return self._say(f"could not look after the champion: {error.what}")
+        except Exception as error:
+            return self._say(f"could not look after the champion: {_why(error)}", 2)
         if taken:
-            self._say(f"{taken.outcome}: {taken.says}")
+            self._say(f"{taken.outcome}: {taken.says}", 1)
         for alert in more:
-            self._say(alert.summary)
+            self._say(alert.summary, 1)
         if not self._thread.is_alive():
             self._thread = threading.Thread(
                 target=self._respond, args=([*alerts, *more], bundle), daemon=True
@@ -210,7 +212,7 @@ def watch(
                 _post(own)
             if not every:
                 acting.wait()
-                raise typer.Exit(1 if alerts else 0)
+                raise typer.Exit(max(acting.code, int(bool(alerts))))
         time.sleep(every)
 
 # %% ../../nbs/07_face/09_watch.ipynb #8655fa58

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..data.contract import columns, feature_columns
 from ..data.quality import Verdict, judge
 from ..data.sources import EMBEDDED, canonical, read, snapshot
-from ..ground.errors import ContractError, RegistryError, TitanicError
+from ..ground.errors import AlertError, ContractError, RegistryError, TitanicError
 from ..ground.settings import Settings, titanic_command
 from ..ground.store import Artifacts, write_atomic
 from ..model.bundle import Bundle
@@ -623,16 +623,30 @@ def refusals(
 def ask_server(
     own: Settings,
 ) -> tuple[str, Counts] | None:  # digest that answers, and its counters; None: it is away
-    "What a server says of itself."
+    "What a server says of itself. Raises `AlertError` if it will never say it to us."
     import httpx
 
     headers = {"authorization": f"Bearer {own.guard_key}"} if own.guard_key else {}
     address = own.guard_server.rstrip("/")
     try:
         with httpx.Client(timeout=3.0, headers=headers, trust_env=False) as client:
-            ready = client.get(f"{address}/readyz").json()
-            page = client.get(f"{address}/metrics").raise_for_status().text
-            return (ready.get("champion") or {}).get("digest", ""), counts_of(page, own.guard_p99)
+            ready, page = (client.get(f"{address}/{path}") for path in ("readyz", "metrics"))
+        for answer in (ready, page):
+            if answer.is_client_error and answer.status_code not in (408, 429):  # those pass
+                raise AlertError(
+                    f"the server answers the guard with {answer.status_code}",
+                    where=answer.url.path,
+                    rule="guard_server is the server's address, guard_key a key of its with the scope admin",
+                    do="titanic keys new --name guard --scope admin; TITANIC_GUARD_KEY=...",
+                )
+        champion = ready.json().get("champion") or {}
+        return champion.get("digest", ""), counts_of(page.raise_for_status().text, own.guard_p99)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise AlertError(
+            f"the guard has no address to ask: {error}",
+            where="guard_server",
+            rule="such as http://127.0.0.1:8000",
+        ) from None
     except (httpx.HTTPError, ValueError, KeyError):
         return None
 
@@ -641,16 +655,22 @@ def _health_file(own: Settings) -> Path:
     return Casebook(own).folder / "health.json"
 
 
-def check_health(own: Settings) -> Health:
+def check_health(
+    own: Settings,
+) -> tuple[Health, AlertError | None]:  # and why the server will never say more
     "Ask the server, and keep what it says. Only one watcher may at a time."
     try:
         health = Health.model_validate_json(_health_file(own).read_bytes())
     except (OSError, ValidationError):
         health = Health()
-    if own.guard_server and (said := ask_server(own)):
+    try:
+        said = ask_server(own) if own.guard_server else None
+    except AlertError as error:
+        return health, error
+    if said:
         health.add(*said, own.guard_p99)
         write_atomic(_health_file(own), health.model_dump_json() + "\n")
-    return health
+    return health, None
 
 # %% ../../nbs/06_watch/05_incident.ipynb #6acf0d86
 def _answered_by(folder: Path, trial: Trial) -> "pd.DataFrame":
@@ -693,14 +713,14 @@ def guard(
     own: Settings,
     now: Callable[[], float] = time.time,
 ) -> tuple[Incident | None, list[Alert]]:  # what was taken back, and what is wrong with the requests
-    "Look after a new champion; None if all is well, or another watcher is at it. Raises `RegistryError` if the registry is away."
+    "Look after a new champion; None if all is well, or another watcher is at it. Raises `RegistryError` if the registry is away, `AlertError` if the server does not let itself be asked."
     from titanic_mlops.model.registry import Registry
 
     casebook = Casebook(own)
     with casebook.mine("guarding") as lock:
         if lock is None:
             return None, []
-        health = check_health(own)
+        health, blind = check_health(own)
         alert = refusals(health)
         open_desk(own).note([alert] if alert else [], (REFUSED,))
         registry = Registry(own)
@@ -710,7 +730,10 @@ def guard(
             health.begin(trial)
             write_atomic(_health_file(own), health.model_dump_json() + "\n")
             _judge_trial(own, registry, trial, health)
-        return _recorded(own, casebook, registry), [alert] if alert else []
+        taken = _recorded(own, casebook, registry)
+        if blind:  # what can be done without the server is done
+            raise blind
+        return taken, [alert] if alert else []
 
 # %% ../../nbs/06_watch/05_incident.ipynb #2f9e814d
 def _judge_trial(own: Settings, registry: "Registry", trial: Trial, health: Health) -> None:
