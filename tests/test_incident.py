@@ -232,6 +232,20 @@ def test_a_challenger_is_not_promoted(own: Settings, tmp_path: Path):
     assert "gate.better=keep" in runs.asked[0] and "gate.better" not in ended.says
 
 
+def test_what_was_promoted_and_taken_back_before_is_not_promoted_now(own: Settings, tmp_path: Path):
+    from titanic_mlops.model.registry import Registry
+
+    runs, clock = Runs(tmp_path, promote=True, C=5.0), Clock(time.time())
+    first = respond(own, [OLDER], "d", runs, clock)
+    assert first.outcome == "promoted"
+    Registry(own).rollback(None, "worse at sea", "lightoller")
+    time.sleep(1.1)  # the ledger's clock counts seconds
+    runs.promote, clock.now = False, time.time()
+    again = respond(own.model_copy(update={"incident_cooldown": 0.0}), [OLDER], "d", runs, clock)
+    assert (again.outcome, again.version) == ("kept", first.version)
+    assert "withdrawn by lightoller (worse at sea)" in again.says
+
+
 # --- two at once, and killed ones
 
 

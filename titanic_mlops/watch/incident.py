@@ -35,7 +35,7 @@ from ..ground.store import Artifacts, write_atomic
 from ..model.bundle import Bundle
 from ..model.evaluate import Estimate
 from ..model.gate import log_losses, ticket_interval
-from ..model.ledger import Entry, succession
+from ..model.ledger import Entry, succession, withdrawn
 from ..serve.fastpath import FastModel
 from ..serve.models import surely_above
 from ..serve.predictions import prediction_folder
@@ -415,9 +415,13 @@ def _settle(
         return _end(casebook, incident, "failed", "the run has registered no model", now)
     version, entries = made[0], registry.entries()  # the newest
     incident.version, reason = version.number, version.tags.get("gate_reason", "")
-    promoted = [e for e in entries if e.to_version == version.number and e.action == "promote"]
-    if promoted:
+    # the same rows make the same version again, which may have come and gone before this incident
+    since = [e for e in entries if datetime.fromisoformat(e.time).timestamp() >= int(incident.opened)]
+    if any(e.to_version == version.number and e.action == "promote" for e in since):
         return _end(casebook, incident, "promoted", f"version {version.number}: {reason}", now)
+    if gone := withdrawn(entries).get(version.digest):
+        said = f"version {version.number} was withdrawn by {gone.by} ({gone.reason}), and comes back by an override only"
+        return _end(casebook, incident, "kept", said, now)
     if policy.does == "retrain":
         next_ = f"titanic run {' '.join(o for o in incident.overrides if o not in _NO_PROMOTION)}"
         said = f"version {version.number} is the challenger; to have it judged: {next_}"
