@@ -224,7 +224,13 @@ class Mail(socketserver.StreamRequestHandler):
         say("220 here")
         while line := self.rfile.readline().decode().strip():
             word = line.split()[0].upper()
-            if word == "RCPT" and self.server.refusals:
+            self.server.said.append(line)
+            if word == "EHLO":
+                say("250-here")
+                say("250 AUTH PLAIN")
+            elif word == "AUTH":
+                say("235 welcome")
+            elif word == "RCPT" and self.server.refusals:
                 say(self.server.refusals.pop(0))
             elif word == "DATA":
                 say("354 go on")
@@ -241,11 +247,8 @@ class Mail(socketserver.StreamRequestHandler):
 
 def test_by_mail(tmp_path: Path):
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Mail) as server:
-        server.daemon_threads, server.letters, server.refusals = (
-            True,
-            [],
-            ["450 greylisted", "550 no such user"],
-        )
+        server.daemon_threads, server.letters, server.said = True, [], []
+        server.refusals = ["450 greylisted", "550 no such user"]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"smtp://127.0.0.1:{server.server_address[1]}/?from=titanic@example.org&to=ops@example.org"
         desk = Desk(tmp_path, {"email": Email(address)})
@@ -260,6 +263,25 @@ def test_by_mail(tmp_path: Path):
         server.shutdown()
     [letter] = server.letters
     assert "Subject: [warning]" in letter and "titanic watch" in letter and "To: ops@example.org" in letter
+
+
+def test_a_login_is_not_sent_in_clear(tmp_path: Path):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Mail) as server:
+        server.daemon_threads, server.letters, server.refusals, server.said = True, [], [], []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = (
+            f"smtp://bob:geheim@127.0.0.1:{server.server_address[1]}/?from=a@example.org&to=b@example.org"
+        )
+        desk = Desk(tmp_path, {"email": Email(address)})
+        desk.note([trouble()], ["drift"])
+        done = deliver(desk)
+        assert done.dead == 1 and "offers no TLS" in done.errors[0] and "geheim" not in done.errors[0]
+        assert not server.letters and not any(line.startswith("AUTH") for line in server.said)
+        trusting = Desk(tmp_path, {"email": Email(address + "&tls=none")})
+        retry(trusting)
+        deliver(trusting)
+        assert any(line.startswith("AUTH") for line in server.said)
+        server.shutdown()
 
 
 def test_an_address_that_is_none_is_said():

@@ -278,7 +278,7 @@ class Slack:
 
 # %% ../../nbs/06_watch/02_alerts.ipynb #93c26e93
 class Email:
-    "By SMTP: `smtp://host:587/?from=titanic@example.org&to=ops@example.org`, a login before the host; `smtps://` for TLS from the start."
+    "By SMTP: `smtp://host:587/?from=titanic@example.org&to=ops@example.org`, a login before the host; `smtps://` for TLS from the start. A login goes out under TLS only, unless `&tls=none` says that it may be seen."
 
     name = "email"
 
@@ -290,6 +290,7 @@ class Email:
             self.url = urlsplit("")
         asked = parse_qs(self.url.query)
         self.sender, self.to = asked.get("from", [""])[0], asked.get("to", [])
+        self.open = asked.get("tls") == ["none"]
         if self.url.scheme not in ("smtp", "smtps") or not (self.url.hostname and self.sender and self.to):
             raise AlertError(
                 "the address for e-mail is not complete",
@@ -315,6 +316,9 @@ class Email:
             with server:
                 if self.url.scheme == "smtp" and (server.ehlo()[0], server.has_extn("starttls"))[1]:
                     server.starttls(context=tls)
+                elif self.url.scheme == "smtp" and self.url.username and not self.open:
+                    said = f"{host} offers no TLS, and the login is not sent in clear: smtps://, or &tls=none if it may be seen"
+                    raise Undelivered(said, final=True)
                 if self.url.username:
                     server.login(unquote(self.url.username), unquote(self.url.password or ""))
                 server.send_message(letter)
