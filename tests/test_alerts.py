@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -213,7 +214,30 @@ def test_alertmanager_is_told_of_the_end(tmp_path: Path):
         assert {path for path, *_ in listener.got} == {"/api/v2/alerts"}
         [first], [second] = (json.loads(body) for _, body in listener.taken)
     assert first["labels"] == second["labels"]
-    assert "endsAt" in second and "endsAt" not in first
+    until, end = (datetime.fromisoformat(one["endsAt"]).timestamp() for one in (first, second))
+    assert end <= time.time() and until > time.time() + 25 * 3600, "a day until it is reminded"
+
+
+def test_alertmanager_is_told_of_the_end_of_each_severity(tmp_path: Path):
+    "The severity is one of the labels, and those together say which alert it is."
+    ends: dict[str, float] = {}
+    with Listener() as listener:
+        desk = Desk(tmp_path, {"alertmanager": Alertmanager(listener.url)})
+        for hour, severity in enumerate(
+            ["warning", "critical", "warning", None, "critical", "warning", None]
+        ):
+            found = [trouble(severity=severity)] if severity else []
+            desk.note(found, ["drift"], now=time.time() + 3600 * hour - 12 * 3600)
+            assert deliver(desk).errors == []
+            for alert in json.loads(listener.taken[-1][1]):
+                end = datetime.fromisoformat(alert["endsAt"]).timestamp()
+                ends[alert["labels"]["severity"]] = end
+            firing = sorted(one for one, end in ends.items() if end > time.time())
+            assert firing == (["critical"] if severity == "critical" or hour in (2, 5) else
+                              ["warning"] if severity else [])  # fmt: skip
+        desk.tell(trouble("done"))
+        deliver(desk)
+        assert "endsAt" not in json.loads(listener.taken[-1][1])[0], "it is over when it is told"
 
 
 class Mail(socketserver.StreamRequestHandler):

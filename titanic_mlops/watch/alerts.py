@@ -72,6 +72,10 @@ class Notice(BaseModel):
     fires: list[Alert] = []  # new, worse, or still there at a reminder
     ends: list[Alert] = []
     made: float
+    until: float | None = (
+        None  # what fires holds so long, if no more is heard of it; None: it is over when told
+    )
+    before: dict[str, Severity] = {}  # key of what fires -> the severity that it was told with
 
     @property
     def severity(self) -> Severity:
@@ -128,18 +132,20 @@ def take_note(
     "Enter a look into the book; the news that it holds."
     current = {alert.key: alert for alert in found}
     names = {*looked_for, *(alert.name for alert in current.values())}
-    notice = Notice(made=now)
+    notice = Notice(made=now, until=now + 2 * repeat)  # a reminder comes first, even one that is late
     for key, alert in current.items():
         entry = book.open.setdefault(key, Open(alert=alert, opened=now))
         entry.alert = alert.model_copy(update={"since": entry.alert.since})
         worse = entry.told is None or _RANK[alert.severity] > _RANK[entry.told]
         if (worse or now - entry.told_at >= repeat) and not _silenced(book, key, now):
+            if entry.told not in (None, alert.severity):
+                notice.before[key] = entry.told
             entry.told, entry.told_at = alert.severity, now
             notice.fires.append(entry.alert)
     for key in [k for k, e in book.open.items() if e.alert.name in names and k not in current]:
         ended = book.open.pop(key)
         if ended.told is not None:  # what nobody was told of ends in silence
-            notice.ends.append(ended.alert)
+            notice.ends.append(ended.alert.model_copy(update={"severity": ended.told}))
     book.silences = [s for s in book.silences if s.until > now]
     return notice if notice.fires or notice.ends else None
 
@@ -341,7 +347,7 @@ def _permanent(error: Any) -> bool:
 
 # %% ../../nbs/06_watch/02_alerts.ipynb #eac57aff
 class Alertmanager:
-    "Prometheus Alertmanager's API, version 2, which groups and routes by itself."
+    "Prometheus Alertmanager's API, version 2, which groups and routes by itself, and ends what has no end after minutes."
 
     name = "alertmanager"
 
@@ -349,22 +355,19 @@ class Alertmanager:
         self.url = url.rstrip("/") + "/api/v2/alerts"
 
     def send(self, notice: Notice, key: str) -> None:
-        def said(alert: Alert, ends: bool) -> dict[str, Any]:
+        def said(alert: Alert, severity: Severity, end: float | None) -> dict[str, Any]:
+            labels = {"alertname": alert.name, "subject": alert.subject, "severity": severity}
             entry = {
-                "labels": {
-                    "alertname": alert.name,
-                    "subject": alert.subject,
-                    "severity": alert.severity,
-                    "service": "titanic",
-                },
+                "labels": labels | {"service": "titanic"},
                 "annotations": {"summary": alert.summary, "report": alert.link, "next": alert.next},
                 "startsAt": alert.since,
             }
-            if ends:
-                entry["endsAt"] = datetime.fromtimestamp(notice.made, UTC).isoformat()
-            return entry
+            return entry | ({"endsAt": datetime.fromtimestamp(end, UTC).isoformat()} if end else {})
 
-        alerts = [said(a, False) for a in notice.fires] + [said(a, True) for a in notice.ends]
+        alerts = [said(a, a.severity, notice.until) for a in notice.fires]
+        alerts += [said(a, a.severity, notice.made) for a in notice.ends]
+        # the severity is a label, and with another label it is another alert
+        alerts += [said(a, notice.before[a.key], notice.made) for a in notice.fires if a.key in notice.before]
         _post(self.url, json.dumps(alerts, ensure_ascii=False).encode(), {})
 
 
