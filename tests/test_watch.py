@@ -155,6 +155,61 @@ def test_many_looks_are_joined_and_a_damaged_file_is_named(tmp_path: Path):
         assert error.value.where == str(last)
 
 
+def gaps(folder: Path, part: bytes = b"TLR1") -> None:
+    "Damage a frame in the middle of the live segment."
+    [file] = (folder / "answers" / "_live").glob("*.open")
+    content = bytearray(file.read_bytes())
+    content[content.find(part, len(content) // 2) + 40] ^= 0xFF
+    with file.open("r+b") as handle:
+        handle.write(content)
+
+
+def test_a_gap_is_lost_once(tmp_path: Path):
+    references, memory = known(), Memory(tmp_path / "watch")
+    log = PredictionLog(tmp_path / "predictions", say=lambda *_, **__: None, tidies=False)
+    for number, row in enumerate(passengers(960)):
+        log.append(f"r-{number}", int((START + number) * 1e9), MODEL, row, 0.5)
+    log.flush()
+    gaps(tmp_path / "predictions")
+    lost = [
+        look(tmp_path / "predictions", memory, references, MODEL.digest, now=START + 600).rows["lost"]
+        for _ in range(3)
+    ]
+    log.close()
+    assert lost[0] > 0 and lost[1:] == [0, 0]
+
+
+def test_a_file_that_can_not_be_read_is_told_and_read_when_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import pyarrow.parquet as pq
+
+    from titanic_mlops.serve.record import tidy
+
+    references, memory, folder = known(), Memory(tmp_path / "watch"), tmp_path / "predictions"
+    write(folder, passengers(300, 5))
+    tidy(folder)
+
+    def denied(*_, **__) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    see = lambda: look(folder, memory, references, MODEL.digest, now=START + 600)
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "ParquetFile", denied)
+        seen = see()
+    assert (seen.rows["counted"], seen.rows["unreadable"]) == (0, 1)
+    assert "1 files can't be read" in {a.name: a.summary for a in alerts_of(seen)}["predictions_lost"]
+    assert see().rows["counted"] == 300
+    write(folder, passengers(300, 6), name="more")
+    tidy(folder)
+    file = max(folder.glob("answers/date=*/*.parquet"), key=lambda path: path.stat().st_mtime_ns)
+    content = bytearray(file.read_bytes())
+    content[1000:1400] = bytes(400)
+    file.write_bytes(content)
+    assert "predictions_lost" in {a.name for a in alerts_of(see())}, "what is damaged is said"
+    assert see().rows["unreadable"] == 0, "and left behind"
+
+
 WATCHER = """
 import sys
 from pathlib import Path

@@ -4135,6 +4135,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor._facts': ( '06_watch/monitor.html#_facts',
                                                                                      'titanic_mlops/watch/monitor.py'),
+                                             'titanic_mlops.watch.monitor._lost': ( '06_watch/monitor.html#_lost',
+                                                                                    'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor._outcomes': ( '06_watch/monitor.html#_outcomes',
                                                                                         'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor._pack': ( '06_watch/monitor.html#_pack',

@@ -325,8 +325,10 @@ def _from_parquet(
             yield from file.iter_batches(ROW_GROUP, row_groups=groups, columns=there)
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         tally.unreadable += 1
+        if isinstance(error, OSError) and error.errno:  # the disk's or the permissions' fault, not the file's
+            raise
 
 # %% ../../nbs/05_serve/17_record.ipynb #97dedac3
 def _within(batch: "pa.RecordBatch", since: int | None, until: int | None, after: int) -> "pa.RecordBatch":
@@ -373,6 +375,7 @@ class _Asked:
         self.tally, self.cursor = Tally(), Cursor()
         self._folder, self._stream, self._after = folder, stream, after
         self._since, self._until, self._ended = since, until, False
+        self._later: set[str] = set()  # writers of whom something can't be read now, and may be later
 
     def _source(self, source: _Source, after: int) -> "Iterator[pa.RecordBatch]":
         "All batches of a segment; if it gets another name while it is opened, under that one."
@@ -391,6 +394,13 @@ class _Asked:
                 return
             except FileNotFoundError:  # nothing was read of it yet
                 continue
+            except OSError:
+                if not seen.unreadable:
+                    raise
+                seen.records = 0
+                self.tally.add(seen)
+                self._later.add(source.name.writer)
+                return
         self._ended = True
         self.tally.removed += 1
 
@@ -400,9 +410,9 @@ class Reading(_Asked):
 
     def __iter__(self) -> "Iterator[pa.RecordBatch]":
         sources, writers = _sources(self._folder, self._after)
-        self.tally = Tally()
+        self.tally, self._later = Tally(), set()
         self.cursor = {w: [*place] for w, place in self._after.items() if w in writers}
-        for source in sources:
+        for source in (one for one in sources if one.name.writer not in self._later):
             number, after = self._after.get(source.name.writer, (0, 0))
             after = after if source.name.number == number else 0  # numbers go on in the next segment
             last = after
@@ -414,7 +424,8 @@ class Reading(_Asked):
                     self.tally.records += len(wanted)
                     yield _as(wanted, self.schema)
             # nothing will follow in a segment that is closed: it need not be opened again
-            self.cursor[source.name.writer] = [source.name.number + self._ended, last]
+            ended = self._ended and source.name.writer not in self._later
+            self.cursor[source.name.writer] = [source.name.number + ended, last]
 
     def table(self) -> "pa.Table":
         "All of it in memory."

@@ -126,7 +126,7 @@ def _torn_records(file: BinaryIO, at: int) -> int:
 def frames(
     file: BinaryIO,
     tally: Tally,  # is added to
-    after: int = 0,  # rows with lower numbers are gone over
+    after: int = 0,  # rows with lower numbers are gone over, and so are gaps before them
 ) -> Iterator[Frame]:
     "All whole frames of a segment, in order."
     size = file.seek(0, os.SEEK_END)
@@ -141,7 +141,7 @@ def frames(
             tally.damaged_bytes += at - bad
             bad = None
         at = found.end
-        if found.kind != BEGIN and expected is not None and found.first > expected:
+        if found.kind != BEGIN and expected is not None and found.first > max(expected, after):
             tally.missing += found.first - expected
         expected = found.first + found.count
         if found.kind != ROWS or expected > after:

@@ -207,9 +207,8 @@ def read_on(
     "Read what was logged since, batch by batch."
     import pyarrow.compute as pc
 
-    news = Seen(
-        rows=dict.fromkeys(("counted", "repeated", "unknown_model", "ahead", "not_champion", "lost"), 0)
-    )
+    kinds = ("counted", "repeated", "unknown_model", "ahead", "not_champion", "lost", "unreadable", "unended")
+    news = Seen(rows=dict.fromkeys(kinds, 0))
     if not (Path(folder) / ANSWERS).is_dir():
         return news
     reading, ids = read_log(folder, columns=_COLUMNS, after=seen.cursor), _Ids()
@@ -222,6 +221,8 @@ def read_on(
         _count(fresh, references, seen, news, now)
     news.cursor = dict(reading.cursor)
     news.rows["lost"] += reading.tally.missing  # a torn end may be a record that is just being written
+    news.rows["unreadable"] += reading.tally.unreadable  # files
+    news.rows["unended"] += reading.tally.unended
     return news
 
 
@@ -321,7 +322,9 @@ class Look:
     bundle: str  # digest of the model whose answers were looked at; empty: nobody has answered
     hours: int
     drift: Drift
-    rows: dict[str, int]  # this time: counted, repeated, unknown_model, ahead, not_champion, lost
+    rows: dict[
+        str, int
+    ]  # this time: counted, repeated, unknown_model, ahead, not_champion, lost; files: unreadable, unended
     outcome_hours: int = 168
     performance: Performance = Performance()  # noqa: RUF009  frozen; by the outcomes that are known
     expected: Mapping[str, Estimate] = field(default_factory=dict)  # log_loss, accuracy, brier of the window
@@ -454,6 +457,17 @@ def _performance_alert(seen: "Look", link: str) -> list[Alert]:
     ]
 
 
+def _lost(rows: Mapping[str, int]) -> str:  # empty: nothing
+    "What is gone of the log, of which only the gaps can be counted."
+    parts = [
+        ("lost", "predictions were lost"),
+        ("unreadable", "files can't be read"),
+        ("unended", "segments have no end: what their server had not written is lost, nobody knows how much"),
+    ]
+    said = "; ".join(f"{rows[name]} {what}" for name, what in parts if rows.get(name))
+    return f"of the log, since the last look: {said}" if said else ""
+
+
 def alerts_of(
     seen: Look,
     link: str = "",  # of the report
@@ -478,8 +492,7 @@ def alerts_of(
         for column, found in worst.items()
     ]
     alerts += _performance_alert(seen, link)
-    if lost := seen.rows.get("lost", 0):
-        said = f"{lost} predictions were lost from the log since the last look"
+    if said := _lost(seen.rows):
         alerts.append(
             Alert(name="predictions_lost", subject="log", summary=said, since=seen.since, link=link)
         )
