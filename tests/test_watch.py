@@ -155,6 +155,24 @@ def test_many_looks_are_joined_and_a_damaged_file_is_named(tmp_path: Path):
         assert error.value.where == str(last)
 
 
+def test_old_hours_become_days_and_old_days_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("titanic_mlops.watch.monitor._MANY", 3)  # files until they are joined
+    references, memory, folder = known(), Memory(tmp_path / "watch"), tmp_path / "predictions"
+    for day in range(0, 20, 2):
+        write(folder, passengers(4, day), start=START + day * 86_400 + 7 * 3600, name=f"d{day}")
+        write(folder, passengers(4, day), start=START + day * 86_400 + 9 * 3600, name=f"e{day}")
+        now = START + day * 86_400 + 10 * 3600
+        seen = look(folder, memory, references, MODEL.digest, hours=24 * 40, now=now)
+    assert seen.drift.rows == 10 * 8
+    kept = memory.read().hours
+    assert len(kept) < 20 and sum(sketch.rows for sketch in kept.values()) == 10 * 8
+    late = now + 400 * 86_400
+    for number in range(5):
+        write(folder, passengers(4, number), start=late, name=f"late{number}")
+        look(folder, memory, references, MODEL.digest, now=late + 60)
+    assert min(hour for _, hour in memory.read().hours) > now / 3600
+
+
 def gaps(folder: Path, part: bytes = b"TLR1") -> None:
     "Damage a frame in the middle of the live segment."
     [file] = (folder / "answers" / "_live").glob("*.open")

@@ -4131,6 +4131,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor._champion': ( '06_watch/monitor.html#_champion',
                                                                                         'titanic_mlops/watch/monitor.py'),
+                                             'titanic_mlops.watch.monitor._condensed': ( '06_watch/monitor.html#_condensed',
+                                                                                         'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor._count': ( '06_watch/monitor.html#_count',
                                                                                      'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor._facts': ( '06_watch/monitor.html#_facts',

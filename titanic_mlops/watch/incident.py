@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 from uuid import uuid4
@@ -683,7 +683,13 @@ def _answered_by(folder: Path, trial: Trial) -> "pd.DataFrame":
     since = datetime.fromtimestamp(trial.since, UTC)
     if not all((Path(folder) / stream).is_dir() for stream in (ANSWERS, OUTCOMES)):
         return canonical(read(EMBEDDED).frame).iloc[:0]
-    found = joined(folder, since, columns=["kind", "bundle_digest", "probability", *asked], pending=False)
+    found = joined(
+        folder,
+        since,
+        columns=["kind", "bundle_digest", "probability", *asked],
+        pending=False,
+        outcomes_since=since - timedelta(minutes=5),  # as much as clocks may differ
+    )
     rows = found.to_pandas()
     rows = rows[
         rows["known"].astype(bool) & (rows["bundle_digest"] == trial.digest) & (rows["kind"] != "shadow")

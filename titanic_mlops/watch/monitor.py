@@ -99,6 +99,17 @@ class Seen:
 
 # %% ../../nbs/06_watch/03_monitor.ipynb #0ae4c569
 _MANY = 48  # files
+_WEEK, _YEAR = 7 * 24, 366 * 24  # hours
+
+
+def _condensed(seen: Seen, hour: int) -> Seen:
+    "What was seen until an hour, with days instead of hours from a week before it, and nothing from a year before it."
+    kept = Seen(seen.cursor, {}, seen.rows)
+    for (bundle, when), sketch in sorted(seen.hours.items()):
+        if when > hour - _YEAR:
+            key = (bundle, when if when > hour - _WEEK else when - when % 24)
+            kept.hours[key] = kept.hours[key] + sketch if key in kept.hours else sketch
+    return kept
 
 
 class Memory:
@@ -146,13 +157,18 @@ class Memory:
                 ) from None
         return seen
 
-    def keep(self, news: Seen, whole: Seen) -> None:
+    def keep(
+        self,
+        news: Seen,
+        whole: Seen,
+        hour: int = 0,  # since 1970, of the look
+    ) -> None:
         "Keep what a look has read; `whole` is all of it, that included."
         files = self._files()
         number = int(files[-1].stem.split("-")[1]) + 1 if files else 1
         write_atomic(self.folder / f"look-{number:08}.npz", news.to_bytes())
         if len(files) >= _MANY:
-            write_atomic(self.folder / f"joined-{number:08}.npz", whole.to_bytes())
+            write_atomic(self.folder / f"joined-{number:08}.npz", _condensed(whole, hour).to_bytes())
             for file in [*files, self.folder / f"look-{number:08}.npz"]:
                 file.unlink(missing_ok=True)
 
@@ -413,13 +429,13 @@ def look(
 ) -> Look:
     "One look. Raises `AlertError` if another watcher is at it."
     now = time.time() if now is None else now
+    last = math.floor(now / 3600)
     with memory.mine():
         seen = memory.read()
         news = read_on(folder, references, seen, now)
         seen.add(news)
         if news.cursor:
-            memory.keep(news, seen)
-    last = math.floor(now / 3600)
+            memory.keep(news, seen, last)
     past = [key for key in seen.hours if key[1] <= last]
     bundle = bundle or (max(past, key=lambda key: key[1])[0] if past else "")
     window, reference = window_of(seen, bundle, last, hours), references.of(bundle) if bundle else None
