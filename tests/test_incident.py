@@ -180,6 +180,12 @@ def test_too_few_outcomes_are_waited_for(own: Settings, tmp_path: Path):
     assert len(runs.asked) == 1
 
 
+def test_a_log_without_names_is_not_waited_for(own: Settings, tmp_path: Path):
+    silent = {"incident_rows": 500, "predictions_redact": "name=drop"}
+    ended = respond(own.model_copy(update=silent), [OLDER], "d", Runs(tmp_path))
+    assert ended.outcome == "refused" and "name is not on record (predictions_redact)" in ended.says
+
+
 def test_what_moves_back_by_itself_costs_nothing(own: Settings, tmp_path: Path):
     runs, more = Runs(tmp_path), own.model_copy(update={"incident_rows": 500})
     respond(more, [OLDER], "d", runs)

@@ -173,6 +173,26 @@ def test_old_hours_become_days_and_old_days_go(tmp_path: Path, monkeypatch: pyte
     assert min(hour for _, hour in memory.read().hours) > now / 3600
 
 
+@pytest.mark.parametrize(
+    "rule, unseen", [("name=drop", {"title"}), ("name=title, sex=drop", {"sex"}), ("name=hash", {"title"})]
+)
+def test_what_is_not_on_record_has_not_moved(tmp_path: Path, rule: str, unseen: set[str]):
+    folder, memory = tmp_path / "predictions", Memory(tmp_path / "watch")
+    log = PredictionLog(folder, say=lambda *_, **__: None, redact=rule, salt="x" * 16)
+    draws = np.random.default_rng(2)
+    for number, row in enumerate(passengers(500, 5)):
+        log.append(f"r-{number}", int((START + number) * 1e9), MODEL, row, float(draws.random()))
+    log.close()
+    for _ in range(2):  # from the log, and from what was kept
+        seen = look(folder, memory, known(), MODEL.digest, now=START + 600)
+        assert alerts_of(seen) == [] and set(seen.drift.unseen) == unseen == set(seen.facts["unseen"])
+        assert not unseen & {found.column for found in seen.drift.findings}
+    fares = [row | {"fare": row["fare"] * 240} for row in passengers(500, 5)]
+    write(folder, fares, name="pence", start=START + 3600)
+    later = look(folder, memory, known(), MODEL.digest, hours=1, now=START + 5000)
+    assert {"drift:fare"} <= {alert.key for alert in alerts_of(later)}
+
+
 def gaps(folder: Path, part: bytes = b"TLR1") -> None:
     "Damage a frame in the middle of the live segment."
     [file] = (folder / "answers" / "_live").glob("*.open")

@@ -4165,6 +4165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor.read_on': ( '06_watch/monitor.html#read_on',
                                                                                       'titanic_mlops/watch/monitor.py'),
+                                             'titanic_mlops.watch.monitor.unseen_of': ( '06_watch/monitor.html#unseen_of',
+                                                                                        'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor.watch_once': ( '06_watch/monitor.html#watch_once',
                                                                                          'titanic_mlops/watch/monitor.py'),
                                              'titanic_mlops.watch.monitor.window_of': ( '06_watch/monitor.html#window_of',

@@ -38,6 +38,8 @@ def _promised(reference: "Mapping[str, Mapping[str, float]]") -> str:
 def _show(seen: "Look", alerts: "list[Alert]", sent: "Delivery") -> None:
     head = f"{seen.drift.rows} answers in {seen.hours} h by bundle {seen.bundle[:12] or '-'}"
     console().print(f"{head}  [dim]read now: {seen.told}[/]")
+    if seen.drift.unseen:
+        console().print(f"[dim]not on record (predictions_redact): {', '.join(seen.drift.unseen)}[/]")
     if not seen.drift.enough:
         console().print(f"too few to say anything: at least {seen.drift.rules.smallest_window} are needed")
     elif not alerts:

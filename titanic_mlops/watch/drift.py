@@ -119,6 +119,7 @@ class Sketch:
     sums: dict[str, np.ndarray]  # numeric column -> sum of the values in each cell
     new: dict[str, dict[str, int]]  # column -> words that the reference does not have
     sample: dict[str, np.ndarray] = field(repr=False)  # `hash` and the inputs, of at most SAMPLE rows
+    unseen: frozenset[str] = frozenset()  # columns that are not on record, at least of some rows
 
     @classmethod
     def of(
@@ -126,6 +127,7 @@ class Sketch:
         reference: Reference,
         table: "pa.Table | pa.RecordBatch",  # rows of the window
         first: int = 0,  # number of its first row, among those that will be added up
+        unseen: Iterable[str] = (),  # columns that are not on record
     ) -> "Sketch":
         "Count the rows of a window."
         counts, sums, new, coded = {}, {}, {}, {}
@@ -139,7 +141,7 @@ class Sketch:
         kept = np.argpartition(order, SAMPLE)[:SAMPLE] if len(order) > SAMPLE else np.arange(len(order))
         kept = kept[np.argsort(order[kept])]
         sample = {"hash": order[kept]} | {name: coded[name][kept] for name in INPUTS}
-        return cls(table.num_rows, counts, sums, new, sample)
+        return cls(table.num_rows, counts, sums, new, sample, frozenset(unseen))
 
     def __add__(self, other: "Sketch") -> "Sketch":
         new = {name: dict(words) for name, words in self.new.items()}
@@ -154,6 +156,7 @@ class Sketch:
             {k: v + other.sums[k] for k, v in self.sums.items()},
             new,
             {k: v[kept] for k, v in both.items()},
+            self.unseen | other.unseen,
         )
 
 # %% ../../nbs/06_watch/01_drift.ipynb #359de288
@@ -281,10 +284,12 @@ def _wasserstein(grid: np.ndarray, a: Sketch, b: Sketch, name: str) -> float:
     return float(np.abs(before * width + inside).sum())
 
 # %% ../../nbs/06_watch/01_drift.ipynb #4eea80aa
-def _design(sketch: Sketch, words: Mapping[str, Sequence[str]], limit: int) -> np.ndarray:
+def _design(
+    sketch: Sketch, words: Mapping[str, Sequence[str]], limit: int, unseen: frozenset[str]
+) -> np.ndarray:
     "Rows of the sample as numbers; missing ones as zero and a column of their own."
     columns: list[np.ndarray] = []
-    for name in INPUTS:
+    for name in (n for n in INPUTS if n not in unseen):
         values = sketch.sample[name][:limit]
         if name in words:
             columns += [(values == i).astype(float) for i in range(1, len(words[name]) + 2)]
@@ -293,8 +298,8 @@ def _design(sketch: Sketch, words: Mapping[str, Sequence[str]], limit: int) -> n
             shown = np.log1p(np.maximum(values, 0)) if name != "age" else values / 20
             columns += [np.where(missing, 0.0, shown), missing.astype(float)]
     first = np.column_stack(columns)
-    female = sketch.sample["sex"][:limit] == 0
-    third = sketch.sample["pclass"][:limit] == len(words["pclass"]) - 1
+    female = (sketch.sample["sex"][:limit] == 0) & ("sex" not in unseen)
+    third = (sketch.sample["pclass"][:limit] == len(words["pclass"]) - 1) & ("pclass" not in unseen)
     return np.column_stack([first, first * female[:, None], first * third[:, None]])
 
 
@@ -307,7 +312,7 @@ def two_sample(
     from scipy.stats import mannwhitneyu
     from sklearn.linear_model import LogisticRegression
 
-    pair = [_design(s, reference.words, SAMPLE) for s in (reference.sketch, window)]
+    pair = [_design(s, reference.words, SAMPLE, window.unseen) for s in (reference.sketch, window)]
     X, y = np.vstack(pair), np.repeat([0, 1], [len(part) for part in pair])
     spread = X.std(0)
     X = (X - X.mean(0))[:, spread > 0] / spread[spread > 0]
@@ -408,13 +413,13 @@ def _raw_tests(
     reference: Reference, window: Sketch, rules: Rules
 ) -> Iterable[tuple[str, str, float, float, bool, str]]:  # column, test, p, size, large, words
     "All tests of a window."
-    old = reference.sketch
-    for name in (n for n in WATCHED if len(window.counts[n]) > 2):
+    old, unseen = reference.sketch, window.unseen
+    for name in (n for n in WATCHED if len(window.counts[n]) > 2 and n not in unseen):
         number = name in NUMBERS
         p, size, said = (_test_number if number else _test_words)(reference, window, name)
         large = size >= (rules.psi if number else rules.share)
         yield name, "ks" if number else "chi_square", p, size, large, said
-    for name in INPUTS:
+    for name in (n for n in INPUTS if n not in unseen):
         gone, before = window.counts[name][-1] / window.rows, old.counts[name][-1] / old.rows
         if gone or before:
             p = _fisher(int(window.counts[name][-1]), window.rows, int(old.counts[name][-1]), old.rows)
@@ -422,11 +427,13 @@ def _raw_tests(
             yield name, "missing", p, abs(gone - before), abs(gone - before) >= rules.missing, said
     for name in WORDS:
         count = int(window.counts[name][-2])
-        if count:
+        if count and name not in unseen:
             word = max(window.new[name], key=lambda w: window.new[name][w])
             share = count / window.rows
             said = f"{share:.1%} are new words, most often {word!r}"
             yield name, "new_words", _fisher(count, window.rows, 0, old.rows), share, share >= rules.new, said
+    if unseen.issuperset(INPUTS):
+        return
     auc, p = two_sample(reference, window)
     said = f"a classifier tells them from the reference with ROC-AUC {auc:.2f} (0.5: not at all)"
     yield "all inputs", "two_sample", p, auc, auc >= rules.separable, said
@@ -439,6 +446,7 @@ class Drift:
     rows: int
     rules: Rules
     findings: tuple[Finding, ...]  # most significant first; none if the window is too small
+    unseen: tuple[str, ...] = ()  # columns that are not on record, and not tested
 
     @property
     def enough(self) -> bool:
@@ -455,6 +463,8 @@ class Drift:
         for f in self.findings:
             mark = "**yes**" if f.moved else "small" if f.significant else "no"
             lines.append(f"| {f.column} | {f.test} | {mark} | {f.adjusted:.3g} | {f.size:.2f} | {f.says} |")
+        if self.unseen:
+            lines.append(f"\nNot on record (`predictions_redact`), so not tested: {', '.join(self.unseen)}.")
         return "\n".join(lines)
 
 
@@ -472,6 +482,5 @@ def analyse(
         Finding(column, test, float(p), low, float(size), bool(large), low <= rules.error_rate, said)
         for (column, test, p, size, large, said), low in zip(tests, adjusted, strict=True)
     ]
-    return Drift(
-        window.rows, rules, tuple(sorted(findings, key=lambda f: (not f.moved, f.adjusted, -f.size)))
-    )
+    order = sorted(findings, key=lambda f: (not f.moved, f.adjusted, -f.size))
+    return Drift(window.rows, rules, tuple(order), tuple(sorted(window.unseen)))

@@ -41,7 +41,7 @@ from ..serve.models import surely_above
 from ..serve.predictions import prediction_folder
 from ..serve.record import ANSWERS, OUTCOMES, joined
 from .alerts import Alert, Bookkeeper
-from .monitor import open_desk
+from .monitor import open_desk, unseen_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,6 +162,9 @@ class Casebook(Bookkeeper[Incidents]):
             yield lock
 
 # %% ../../nbs/06_watch/05_incident.ipynb #a8d58118
+_NEEDED = frozenset(
+    ["name", "pclass", "sex", "sibsp", "parch"]
+)  # a record without one of them is no passenger
 _TITLED = re.compile(r"\?, (\w+)\. \?")
 _CONTRADICTED = ("contradicted", "ambiguous")
 
@@ -196,7 +199,7 @@ def known_outcomes(
     found = found.drop_duplicates("request_id")
     ids = found["request_id"].tolist()
     found["name"] = [_called(name, i) for name, i in zip(found["name"], ids, strict=True)]
-    found = found[found["name"].notna() & found[["pclass", "sex", "sibsp", "parch"]].notna().all(axis=1)]
+    found = found[found["name"].notna() & found[sorted(_NEEDED)].notna().all(axis=1)]
     alone = found["request_id"].map(lambda i: f"record {''.join(_made_up(i))}")
     found["ticket"] = found["ticket"].where(found["ticket"].notna(), alone)
     rows = found[[*asked, "survived"]] if len(found) else empty
@@ -353,6 +356,9 @@ def _prepare(
             )
     records = known_outcomes(prediction_folder(own))
     if len(records) < policy.rows:
+        if hidden := sorted(unseen_of(own.predictions_redact) & _NEEDED):
+            said = f"{', '.join(hidden)} is not on record (predictions_redact), and nothing is learnt without"
+            return _end(casebook, incident, "refused", said, now)
         incident.note(f"waits for outcomes: fewer than {policy.rows} are known", now())
         return casebook.keep(incident)
     champion = Registry(own).alias(CHAMPION)
