@@ -570,6 +570,25 @@ def test_the_short_drill(tmp_path: Path):
     assert "<svg" in page and "<script" not in page and "rollback" in page
 
 
+def test_a_player_takes_along_what_it_has_started(tmp_path: Path):
+    from titanic_mlops.face.drill_commands import Player
+
+    with (tmp_path / "log").open("wb") as out:
+        parent = subprocess.Popen(
+            ["sh", "-c", "sleep 60 & echo $!; wait"], stdout=out, start_new_session=True
+        )
+    player, end = Player("watcher", parent, tmp_path / "log"), time.monotonic() + 20
+    while not player.said.strip() and time.monotonic() < end:
+        time.sleep(0.05)
+    child = Path(f"/proc/{int(player.said)}/stat")
+    player.end()
+    gone = lambda: not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    while not gone() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert gone()
+    player.end()  # again does no harm
+
+
 def test_a_drill_keeps_out_of_the_store_that_serves(fresh: Checkout):
     done = fresh.titanic("drill", "--store", str(fresh.store))
     assert done.returncode == 2 and "the store that serves" in done.stderr

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -65,14 +65,13 @@ class Player:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def end(self) -> None:
-        "SIGTERM, and SIGKILL if that is not enough."
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+        "SIGTERM, and SIGKILL for what is left of its group, such as a training that its watcher began."
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(15)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def _start(name: str, folder: Path, environment: dict[str, str], *arguments: str) -> Player:
