@@ -217,6 +217,28 @@ def test_a_gap_is_lost_once(tmp_path: Path):
     assert lost[0] > 0 and lost[1:] == [0, 0]
 
 
+def test_a_loss_is_told_once_and_never_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from titanic_mlops.ground.settings import Settings
+    from titanic_mlops.watch import monitor
+
+    own = Settings(store=tmp_path)
+    log = PredictionLog(tmp_path / "predictions", say=lambda *_, **__: None, tidies=False)
+    for number, row in enumerate(passengers(960)):
+        log.append(f"r-{number}", int((time.time() - number) * 1e9), MODEL, row, 0.5)
+    log.flush()
+    gaps(tmp_path / "predictions")
+    with monkeypatch.context() as patch:  # killed after reading
+        patch.setattr(monitor, "open_desk", lambda own: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            monitor.watch_once(own)
+    for _ in range(3):
+        monitor.watch_once(own)
+    log.close()
+    said = [json.loads(line) for line in (tmp_path / "logs" / "alerts.jsonl").read_text().splitlines()]
+    told = [(one["state"], one["alert"]) for one in said if "lost" in one["alert"]]
+    assert told == [("firing", "predictions_lost:log")], said
+
+
 def test_a_file_that_can_not_be_read_is_told_and_read_when_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -116,6 +116,7 @@ class Book(BaseModel):
     open: dict[str, Open] = {}
     outbox: list[Letter] = []
     silences: list[Silence] = []
+    totals: dict[str, int] = {}  # key of news -> how many, of what only grows, somebody was told of
 
 # %% ../../nbs/06_watch/02_alerts.ipynb #6e58cdd7
 def _silenced(book: Book, key: str, now: float) -> bool:
@@ -484,12 +485,20 @@ class Desk(Bookkeeper[Book]):
                 ]
         return notice
 
-    def tell(self, news: Alert) -> None:
+    def tell(
+        self,
+        news: Alert,
+        total: int | None = None,  # of what only grows: told if there are more than were told of
+    ) -> None:
         "Tell of something that is over when it is told: it does not open. The same news has the same keys each time."
         now, said = time.time(), news.model_dump_json()
         with self.change() as book:
             if _silenced(book, news.key, now):
                 return
+            if total is not None:
+                before, book.totals[news.key] = book.totals.get(news.key, 0), total
+                if total <= before:
+                    return
             waiting, notice = {letter.key for letter in book.outbox}, Notice(fires=[news], made=now)
             for name in self.channels:
                 key = hashlib.blake2b(f"{name} {said}".encode(), digest_size=16).hexdigest()
