@@ -281,6 +281,44 @@ def test_the_run_that_made_a_version_again_answers_for_it(tmp_path: Path):
     assert origin.run == again and again[:8] in verify._who_registered(version, origin)
 
 
+def test_no_override_reaches_a_version_that_no_gate_has_judged_and_that_can_not_answer(tmp_path: Path):
+    from titanic_mlops.model.bundle import Bundle, write_bundle
+    from titanic_mlops.model.gate import Decision
+    from titanic_mlops.model.selftest import with_nan
+
+    registry, weak = registered(settings(store=tmp_path / "store", mlflow_uri=""), tmp_path / "weak")
+    sound, graph = Bundle(tmp_path / "weak"), (tmp_path / "weak" / "model.onnx").read_bytes()
+    hurry = {"verdict": "", "reason": "we are in a great hurry", "by": "ismay", "override": True}
+    for number, (content, contract, barred) in enumerate(
+        [(with_nan(graph), sound.info.contract_version, "finite"), (graph, "99.0.0", "contract version")]
+    ):
+        folder = tmp_path / str(number)
+        info = sound.info.model_copy(update={"contract_version": contract})
+        write_bundle(folder, content, info, sound.lineage)
+        version = registry.register(Bundle(folder), weak.run_id)
+        assert "gate_barred" not in version.tags
+        with pytest.raises(RegistryError, match=f"does not meet {barred}"):
+            registry.promote(version, None, **hurry)
+    registry.promote(weak, None, **hurry)  # nobody has judged it either, and it can answer
+
+    # a gate that is cut off in its first words has said this one
+    kept = registry.client.set_model_version_tag
+    told: list[str] = []
+    registry.client.set_model_version_tag = lambda *said: (told.append(said[2]), kept(*said))
+    registry.judged(version, weak, Decision(promote=False, reason="stopped", conditions=[]))
+    assert told[:2] == ["gate", "gate_barred"]
+
+
+@pytest.mark.parametrize("by", ["x\n\n# Heading", "x", " " * 5, "n" * 101, "a\tb", "no\u200bbody"])
+def test_a_name_is_one_that_can_be_shown(tmp_path: Path, by: str):
+    from titanic_mlops.ground.errors import ParameterError
+
+    registry, weak = registered(settings(store=tmp_path / "store", mlflow_uri=""), tmp_path / "weak")
+    with pytest.raises(ParameterError, match="2 to 100 printable characters"):
+        registry.promote(weak, None, "first", "first model", by=by)
+    assert registry.entries() == []
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, Settings]:
     "Version 1 serves by an override; a quick run makes version 2, which is better."

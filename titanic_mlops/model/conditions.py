@@ -7,7 +7,8 @@ __all__ = ['Age', 'checked_bundle', 'contract_condition', 'bad_weights', 'finite
            'bundle_bytes', 'cost_conditions', 'too_good_condition', 'data_age', 'age_condition', 'data_condition',
            'leak_conditions', 'population_distances', 'population_condition', 'calibration_slope', 'slope_condition',
            'slice_rises', 'slice_condition', 'Gap', 'fairness_gaps', 'fairness_condition', 'stability_condition',
-           'Contender', 'Evidence', 'integrity_conditions', 'figure_conditions', 'swap_conditions', 'examine']
+           'Contender', 'Evidence', 'usable_conditions', 'integrity_conditions', 'figure_conditions', 'swap_conditions',
+           'examine']
 
 # %% ../../nbs/03_model/14_conditions.ipynb #f90c52ef
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -573,13 +574,19 @@ class Evidence:
     given: Sequence[Condition] = field(default_factory=tuple)  # data gate, canary, bundle
 
 # %% ../../nbs/03_model/14_conditions.ipynb #8e330d23
+def usable_conditions(challenger: Contender) -> list[Condition]:
+    "Can it be asked at all? The bundle alone says so."
+    bundle = challenger.bundle
+    return [
+        contract_condition(bundle.info.contract_version, bundle=Path(bundle.folder)),
+        finite_condition((Path(bundle.folder) / "model.onnx").read_bytes(), challenger.p),
+    ]
+
+
 def integrity_conditions(challenger: Contender, evidence: Evidence, policy: Policy) -> list[Condition]:
     "Is this the model that it claims to be?"
     X, bundle, p = feature_frame(evidence.passengers), challenger.bundle, challenger.p
-    whole = [
-        contract_condition(bundle.info.contract_version, bundle=Path(bundle.folder)),
-        finite_condition((Path(bundle.folder) / "model.onnx").read_bytes(), p),
-    ]
+    whole = usable_conditions(challenger)
     if not all(condition.passed for condition in whole):
         return whole
     agree = [

@@ -406,9 +406,22 @@ def _carry_out(self: Registry, entry: Entry) -> None:
         entry = last
 
 # %% ../../nbs/03_model/05_registry.ipynb #76df4b59
+def _require_name(by: str) -> None:
+    "Raise `ParameterError` for a name that no ledger and no card could show."
+    if not (2 <= len(by) <= 100 and by.strip() and by.isprintable()):
+        raise ParameterError(
+            f"this is no name: {by[:40]!r}",
+            where="--by, TITANIC_ACTOR or the account",
+            rule="2 to 100 printable characters, which are shown wherever the model is",
+            do="name who answers for the move: --by NAME",
+        )
+
+
 @patch
 def _move(self: Registry, after: Entry | None, version: Version, by: str = "", **facts: Any) -> Entry:
     "Write an entry, and carry it out. The bundle is fetched and verified before."
+    by = by or self.settings.actor or account()
+    _require_name(by)
     lineage = self.fetch(version).lineage
     ledger = self.ledger()
     assert ledger is not None  # there is a version
@@ -422,7 +435,7 @@ def _move(self: Registry, after: Entry | None, version: Version, by: str = "", *
         code_sha256=lineage.code_sha256,
         git_commit=lineage.git_commit,
         run_id=version.run_id,
-        by=by or self.settings.actor or account(),
+        by=by,
         **facts,
     )
     self._carry_out(entry)
@@ -471,6 +484,20 @@ def require_reason(
             do="say in a sentence what those who read the history should know",
         )
 
+# %% ../../nbs/03_model/05_registry.ipynb #ef3a8bda
+@patch
+def _barred(self: Registry, version: Version) -> str:  # such as `finite`; `none`
+    "The conditions not met that no override reaches: those that the gate has named, or else those that need no run."
+    if said := version.tags.get("gate_barred"):
+        return said
+    from titanic_mlops.data.features import feature_frame
+    from titanic_mlops.data.sources import EMBEDDED, canonical, read
+    from titanic_mlops.model.conditions import Contender, usable_conditions
+
+    passengers = feature_frame(canonical(read(EMBEDDED).frame))
+    asked = usable_conditions(Contender.of(self.fetch(version), passengers))
+    return ", ".join(c.name for c in asked if not c.passed) or "none"
+
 # %% ../../nbs/03_model/05_registry.ipynb #aa753f52
 @patch
 def promote(
@@ -501,8 +528,7 @@ def promote(
             rule="a model that was withdrawn comes back by an override only",
             do=f'titanic promote {version.number} --override --reason "..."',
         )
-    barred = version.tags.get("gate_barred", "none")
-    if override and barred != "none":
+    if override and (barred := self._barred(version)) != "none":
         raise RegistryError(
             f"version {version.number} does not meet {barred}",
             rule="an override reaches the gate's judgement, never a condition of integrity",
@@ -595,12 +621,12 @@ def judged(
     "Keep the gate's decision with the version."
     barred = [c.name for c in decision.conditions if not (c.passed or getattr(c, "overridable", True))]
     told = {
+        "gate_barred": ", ".join(barred) or "none",  # conditions not met that no override reaches
         "gate_verdict": _verdict(decision),
         "gate_reason": decision.reason[:4000],
         "gate_against": against.digest if against else "none",
         "gate_version": _gate(decision),
         "gate_run": run_id or "none",
-        "gate_barred": ", ".join(barred) or "none",  # conditions not met that no override reaches
         "gate": "promote" if decision.promote else "keep",
     }
     for name, value in [
