@@ -239,7 +239,35 @@ def test_steady_counts_people():
 def test_data_have_the_age_of_their_first_registration():
     assert data_age("a", "b", ["a", "b"]) == "older" and not age_condition("older").passed
     assert data_age("b", "b", ["a", "b"]) == "same"
-    assert data_age("c", "b", ["a", "b"]) == "newer"
+
+
+@pytest.mark.parametrize("history", [["a", "b"], ["a", "b", "c"]])  # registered or not: that is no proof
+@pytest.mark.parametrize(
+    ("learnt", "before", "age"),
+    [
+        (["Ann", "Ben", "Ben", "Eve"], ["Ann", "Ben", "Ben"], "newer"),
+        (["Ann", "Ben", "Eve"], ["Ann", "Ben", "Ben"], "other"),  # one of the two is gone
+        (["Ann"], ["Ann", "Ben"], "other"),
+        (["Ben", "Ann"], ["Ann", "Ben"], "other"),  # nobody is new
+        (["Ann", "Ben"], [], "other"),  # a champion without a background does not say
+    ],
+)
+def test_newer_data_hold_everybody_and_more(
+    history: list[str], learnt: list[str], before: list[str], age: str
+):
+    assert data_age("c", "b", history, learnt, before) == age and age_condition(age).passed
+
+
+def test_rows_with_new_outcomes_are_newer(passengers):
+    "What the watcher retrains on: the champion's rows, and those whose outcome has come since."
+    from titanic_mlops.model.train import holdout_mask
+    from titanic_mlops.watch.incident import joined_rows
+
+    records = passengers.head(40).assign(ticket=[f"record {n}" for n in range(40)])
+    rows = joined_rows(passengers, records.astype(passengers.dtypes.to_dict())).frame
+    names = [frame["name"][~holdout_mask(frame["ticket"])] for frame in (rows, passengers)]
+    assert data_age("tonight", "b", ["a", "b"], *names) == "newer"
+    assert data_age("tonight", "b", ["a", "b"], names[1], names[0]) == "other"
 
 
 def test_too_good_is_measured_in_standard_errors():

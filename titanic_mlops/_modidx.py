@@ -1603,6 +1603,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'titanic_mlops/model/conditions.py'),
                                                 'titanic_mlops.model.conditions.leak_conditions': ( '03_model/conditions.html#leak_conditions',
                                                                                                     'titanic_mlops/model/conditions.py'),
+                                                'titanic_mlops.model.conditions.learnt_from': ( '03_model/conditions.html#learnt_from',
+                                                                                                'titanic_mlops/model/conditions.py'),
                                                 'titanic_mlops.model.conditions.one_by_one': ( '03_model/conditions.html#one_by_one',
                                                                                                'titanic_mlops/model/conditions.py'),
                                                 'titanic_mlops.model.conditions.population_condition': ( '03_model/conditions.html#population_condition',

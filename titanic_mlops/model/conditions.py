@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Age', 'checked_bundle', 'contract_condition', 'bad_weights', 'finite_condition', 'agreement_condition', 'one_by_one',
-           'bundle_bytes', 'cost_conditions', 'too_good_condition', 'data_age', 'age_condition', 'data_condition',
-           'leak_conditions', 'population_distances', 'population_condition', 'calibration_slope', 'slope_condition',
-           'slice_rises', 'slice_condition', 'Gap', 'fairness_gaps', 'fairness_condition', 'stability_condition',
-           'Contender', 'Evidence', 'usable_conditions', 'integrity_conditions', 'figure_conditions', 'swap_conditions',
-           'examine']
+           'bundle_bytes', 'cost_conditions', 'too_good_condition', 'learnt_from', 'data_age', 'age_condition',
+           'data_condition', 'leak_conditions', 'population_distances', 'population_condition', 'calibration_slope',
+           'slope_condition', 'slice_rises', 'slice_condition', 'Gap', 'fairness_gaps', 'fairness_condition',
+           'stability_condition', 'Contender', 'Evidence', 'usable_conditions', 'integrity_conditions',
+           'figure_conditions', 'swap_conditions', 'examine']
 
 # %% ../../nbs/03_model/14_conditions.ipynb #f90c52ef
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -222,20 +223,28 @@ def too_good_condition(
     )
 
 # %% ../../nbs/03_model/14_conditions.ipynb #3f470903
-Age = Literal["same", "newer", "older"]
+Age = Literal["same", "newer", "older", "other"]
+
+
+def learnt_from(bundle: Bundle) -> list[str]:  # empty: a bundle without a background does not say
+    "The names of those whom a model was trained on."
+    return bundle.background.columns["name"] if bundle.background else []
 
 
 def data_age(
     snapshot: str,  # of the challenger
     champions: str,  # the champion's snapshot
     history: Sequence[str],  # snapshots of all registered versions, oldest version first
+    learnt: Iterable[str] = (),  # names of those whom the challenger was trained on
+    before: Iterable[str] = (),  # the same of the champion; empty: not known
 ) -> Age:
-    "Are the challenger's data newer than the champion's? Nobody has seen newer ones before."
+    "Are the challenger's data newer than the champion's: everybody is still there, and more?"
     if snapshot == champions:
         return "same"
-    if snapshot in history and champions in history:
-        return "older" if history.index(snapshot) < history.index(champions) else "newer"
-    return "newer"
+    if snapshot in history and champions in history and history.index(snapshot) < history.index(champions):
+        return "older"
+    old, new = Counter(before), Counter(learnt)  # two passengers may have one name
+    return "newer" if old and old < new else "other"
 
 
 def age_condition(age: Age) -> Condition:
@@ -243,7 +252,7 @@ def age_condition(age: Age) -> Condition:
     return Condition(
         name="data not stale",
         observed=f"{age} rows" + ("" if age == "same" else " than the champion's"),
-        needed="the champion's, or newer",
+        needed="none that were registered before the champion's",
         passed=age != "older",
         why="a forgotten path brings last year's passengers back",
     )

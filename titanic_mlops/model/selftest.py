@@ -15,7 +15,7 @@ __all__ = ['LOGISTIC', 'HISTORY', 'BY_HEART', 'CHAMPIONS', 'DECK', 'DATA_CASES',
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ..data.features import feature_frame
+from .background import background_json
 from titanic_mlops.model.bundle import (
     Bundle,
     BundleInfo,
@@ -40,6 +41,7 @@ from titanic_mlops.model.conditions import (
     examine,
     fairness_gaps,
     leak_conditions,
+    learnt_from,
     slice_rises,
     stability_condition,
 )
@@ -148,15 +150,14 @@ def _gate_rows(attempt: Attempt, arena: Arena) -> tuple["pd.DataFrame", list[Con
 # %% ../../nbs/03_model/08_selftest.ipynb #dbc05525
 def _figures(
     p: "np.ndarray",  # on the hold-out
-    attempt: Attempt,
+    oof: "pd.DataFrame",  # from `cross_validate`
     training: "pd.DataFrame",
     holdout: "pd.DataFrame",
     seed: int,
 ) -> dict[str, Any]:
     "The figures that the gate is shown, as train and evaluate make them, with fewer folds and draws."
     y, ticket = holdout["survived"].to_numpy(int), holdout["ticket"].to_numpy(str)
-    oof = cross_validate(attempt.candidate, training, folds=3, repeats=1, seed=seed)["probability"].to_numpy()
-    losses = log_losses(training["survived"].to_numpy(int), oof)
+    losses = log_losses(training["survived"].to_numpy(int), oof["probability"].to_numpy())
     return {
         "figures": estimate(y, p, ticket, 300, seed),
         "baselines": {n: estimate(y, q, ticket, 50, seed) for n, q in baselines(training, holdout).items()},
@@ -164,7 +165,9 @@ def _figures(
     }
 
 
-def _seal(graph: bytes, attempt: Attempt, X: "pd.DataFrame", held_out: "np.ndarray", folder: Path) -> None:
+def _seal(
+    graph: bytes, attempt: Attempt, X: "pd.DataFrame", held_out: "np.ndarray", background: bytes, folder: Path
+) -> None:
     "Write the bundle, and let the saboteur at it afterwards."
     candidate, inputs = (
         attempt.candidate,
@@ -180,7 +183,7 @@ def _seal(graph: bytes, attempt: Attempt, X: "pd.DataFrame", held_out: "np.ndarr
         "reference": reference_distributions(X[~held_out]),
     }
     lineage = Lineage(git_commit="", snapshot="selftest", data_sha256="", seed=0)
-    write_bundle(folder, graph, BundleInfo(**(told | dict(attempt.info))), lineage)
+    write_bundle(folder, graph, BundleInfo(**(told | dict(attempt.info))), lineage, background=background)
     attempt.folder(folder)
 
 # %% ../../nbs/03_model/08_selftest.ipynb #e78bf013
@@ -207,15 +210,16 @@ def prepare(
     if attempt.model:
         model = attempt.model(copy.deepcopy(model), arena)
     twin = probabilities(model, X)
-    _seal(attempt.graph(to_onnx(model, attempt.candidate.with_deck)), attempt, X, held_out, folder)
+    oof = cross_validate(attempt.candidate, training, folds=3, repeats=1, seed=arena.seed)
+    background = background_json(training, oof, attempt.candidate.with_deck, arena.seed)
+    graph = attempt.graph(to_onnx(model, attempt.candidate.with_deck))
+    _seal(graph, attempt, X, held_out, background, folder)
     bundle, whole = checked_bundle(folder)
     if bundle is None:
         return decide([*given, whole], None, policy=arena.policy)
-    figures = _figures(twin[held_out], attempt, training, holdout, arena.seed)
-    refit, champion = probabilities(recipe, X), CHAMPIONS.get(attempt.champion, attempt)
-    age = data_age(attempt.snapshot, champion.snapshot, HISTORY)
+    figures = _figures(twin[held_out], oof, training, holdout, arena.seed)
     evidence = Evidence(
-        passengers, held_out, **figures, twin=twin, refit=refit, age=age, given=[*given, whole]
+        passengers, held_out, **figures, twin=twin, refit=probabilities(recipe, X), given=[*given, whole]
     )
     return Prepared(Contender.of(bundle, X), evidence)
 
@@ -229,10 +233,13 @@ def attempt_gate(
     entry = prepare(attempt, arena, folder)
     if isinstance(entry, Decision):
         return entry
-    champion = arena.champion(attempt.champion)
+    champion, evidence = arena.champion(attempt.champion), entry.evidence
     if champion is not None:
-        champion = Contender.of(champion.bundle, feature_frame(entry.evidence.passengers))
-    return examine(entry.contender, champion, entry.evidence, arena.policy, attempt.override, seed=arena.seed)
+        names = learnt_from(entry.contender.bundle), learnt_from(champion.bundle)
+        age = data_age(attempt.snapshot, CHAMPIONS[attempt.champion].snapshot, HISTORY, *names)
+        evidence = replace(evidence, age=age)
+        champion = Contender.of(champion.bundle, feature_frame(evidence.passengers))
+    return examine(entry.contender, champion, evidence, arena.policy, attempt.override, seed=arena.seed)
 
 # %% ../../nbs/03_model/08_selftest.ipynb #f2ec4007
 def reweighted(factor: float, shift: float = 0.0) -> Callable[[Any, Arena], Any]:
@@ -454,11 +461,12 @@ class Case:
     outcome: str = "stopped"  # stopped, first, same, better, worse or inconclusive
     by: str = ""  # the condition that must catch it, or `comparison`, or `policy`
     promoted: bool = False
+    sly: bool = False  # does harm although nothing measures worse
 
     @property
     def saboteur(self) -> bool:
         "Is it meant to do harm?"
-        return self.outcome in ("stopped", "worse") and not self.promoted
+        return self.sly or (self.outcome in ("stopped", "worse") and not self.promoted)
 
 
 def _rows(change: Callable[["pd.DataFrame"], "pd.DataFrame"], **more: Any) -> Attempt:
@@ -499,6 +507,20 @@ LEAK_CASES = (
         by="same hold-out",
     ),
     Case("stale data", _rows(some_tickets(0.85), snapshot="former"), by="data not stale"),
+    Case(
+        "an old copy that was never registered",
+        _rows(some_tickets(0.85), snapshot="copy"),
+        "inconclusive",
+        by="policy",
+        sly=True,
+    ),
+    Case(
+        "two tickets in five lost, and never registered",
+        _rows(some_tickets(0.6), snapshot="torn"),
+        "inconclusive",
+        by="policy",
+        sly=True,
+    ),
 )
 MODEL_CASES = (
     Case("one constant", Attempt(model=reweighted(0, -0.5)), by="beats sex only"),
