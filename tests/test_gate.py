@@ -311,17 +311,34 @@ def test_a_lost_feature_is_another_population(passengers):
 # --- the attack
 
 
+@pytest.mark.parametrize(
+    ("rate", "wrong", "trials"),
+    [("ties", 29, 400), ("run", 5, 40), ("honest", 21, 400), ("falsely", 400, 400), ("", 20, 400)],
+)
+def test_a_promise_is_broken_by_its_rate(rate: str, wrong: int, trials: int):
+    from titanic_mlops.model.selftest import Alarms, Rate, SelfTest
+
+    kept = Rate.of(20, 400)  # 5 %, as promised
+    rates = dict.fromkeys(["ties", "honest", "run", "falsely"], kept)
+    rates |= dict.fromkeys(["ties_better", "ties_worse", "bootstrap", "stopped", "run_all"], Rate.of(9, 9))
+    found = Alarms(
+        **rates | ({rate: Rate.of(wrong, trials)} if rate else {}), promised=0.05, effective=9, tickets=9
+    )
+    said = SelfTest(policy="1", outcomes=[], alarms=found)
+    assert found.ok == said.ok == (not rate)
+
+
 @pytest.mark.long
 def test_selftest_catches_every_saboteur(fresh: Checkout, tmp_path: Path):
     page = tmp_path / "selftest.json"
-    done = fresh.titanic("gate", "selftest", "--trials", "40", "--json", str(page))
+    done = fresh.titanic("gate", "selftest", "--trials", "200", "--json", str(page))
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(page.read_text())
     ends = said["outcomes"]
     assert sum(o["saboteur"] for o in ends) >= 25 and len(ends) >= 30
     assert all(o["ok"] for o in ends)
     assert all(o["expected_by"] in o["caught_by"] for o in ends if o["saboteur"])
-    assert said["alarms"]["ties"]["trials"] == 40
+    assert said["alarms"]["ties"]["trials"] == 200
     assert f"{len(ends)} of {len(ends)} cases as expected" in done.stdout
 
 

@@ -734,7 +734,8 @@ class Alarms(BaseModel, frozen=True):
     @property
     def ok(self) -> bool:
         "Is the promise kept?"
-        return max(self.ties.value, self.honest.value, self.run.value) <= self.promised
+        counted = self.ties, self.honest, self.run, self.falsely
+        return max(rate.value for rate in counted) <= self.promised
 
 # %% ../../nbs/03_model/08_selftest.ipynb #27b36b5c
 def _beyond(
@@ -888,11 +889,8 @@ class SelfTest(BaseModel, frozen=True):
 
     @property
     def ok(self) -> bool:
-        "Did every case end as expected, and is the promise about false alarms not refuted?"
-        if not all(o.ok for o in self.outcomes):
-            return False
-        a = self.alarms
-        return a is None or max(a.ties.low, a.honest.low, a.run.low) <= a.promised
+        "Did every case end as expected, and is the promise about false alarms kept?"
+        return all(o.ok for o in self.outcomes) and (self.alarms is None or self.alarms.ok)
 
     def __repr__(self) -> str:
         return f"SelfTest({sum(o.ok for o in self.outcomes)} of {len(self.outcomes)} cases as expected)"
