@@ -53,6 +53,29 @@ def test_policy_is_the_same_in_code_configuration_and_notebook():
     assert job.parameters["margin"] == 0.01
 
 
+def test_another_value_is_another_policy_whatever_it_is_called():
+    from titanic_mlops.model.registry import _gate
+
+    versions = {_gate(decide([_condition(True)], None, policy=p)) for p in (Policy(), Policy(fairness=1.0))}
+    assert len(versions) == 2 and all(len(version.split()) == 3 for version in versions)
+    assert decide([_condition(True)], None, policy=Policy()).policy == Policy().version
+
+
+@pytest.mark.parametrize(
+    "module", ["model/gate.py", "model/conditions.py", "model/evaluate.py", "data/leaks.py"]
+)
+def test_another_condition_is_another_gate(tmp_path: Path, module: str):
+    import shutil
+
+    import titanic_mlops
+    from titanic_mlops.model.lineage import gate_digest
+
+    package = Path(shutil.copytree(Path(titanic_mlops.__file__).parent, tmp_path / "titanic_mlops"))
+    assert gate_digest(package) == gate_digest()
+    (package / module).write_text((package / module).read_text() + "# another threshold\n")
+    assert gate_digest(package) != gate_digest()
+
+
 def test_promote_reads_every_parameter():
     assert unread_parameters(notebook_of("promote")) == []
 

@@ -1721,6 +1721,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'titanic_mlops.model.gate.Override': ( '03_model/gate.html#override',
                                                                                  'titanic_mlops/model/gate.py'),
                                           'titanic_mlops.model.gate.Policy': ('03_model/gate.html#policy', 'titanic_mlops/model/gate.py'),
+                                          'titanic_mlops.model.gate.Policy.version': ( '03_model/gate.html#policy.version',
+                                                                                       'titanic_mlops/model/gate.py'),
                                           'titanic_mlops.model.gate.compare': ('03_model/gate.html#compare', 'titanic_mlops/model/gate.py'),
                                           'titanic_mlops.model.gate.decide': ('03_model/gate.html#decide', 'titanic_mlops/model/gate.py'),
                                           'titanic_mlops.model.gate.effect': ('03_model/gate.html#effect', 'titanic_mlops/model/gate.py'),

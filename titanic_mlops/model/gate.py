@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from ..ground.errors import ContractError
+from ..ground.store import canonical_json, digest
 from .evaluate import Estimate
 
 if TYPE_CHECKING:
@@ -215,6 +216,11 @@ class Policy(Floors, frozen=True):
         float, Field(gt=0, le=1, description="distance to the champion's training rows, at most")
     ] = 0.2
 
+    @property
+    def version(self) -> str:  # such as `1 0f3c9a1e`
+        "Its name, and the first digits of the SHA-256 of what it says: another value is another policy, whatever it is called."
+        return f"{self.policy} {digest(canonical_json(self.model_dump()))[:8]}"
+
 
 POLICY = Policy()  # the defaults
 
@@ -323,6 +329,6 @@ def decide(
         promote, reason = effect(policy, comparison, smaller, newer)
     decision = Decision(
         promote=promote, reason=reason, conditions=conditions, comparison=comparison,
-        outcome=outcome, policy=policy.policy,
+        outcome=outcome, policy=policy.version,
     )  # fmt: skip
     return overrule(decision, override) if override else decision

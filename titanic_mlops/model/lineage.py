@@ -85,6 +85,13 @@ def environment_digest(
     return digest(canonical_json(dict(sorted(versions.items()))))
 
 # %% ../../nbs/03_model/12_lineage.ipynb #555c182b
-def gate_digest() -> str:
-    "Which gate this is: the first digits of the SHA-256 of its code."
-    return digest(_PACKAGE / "model" / "gate.py")[:12]
+_DECIDES = {
+    "data": ("contract", "contract_versions", "rowcheck", "quality", "leaks"),
+    "model": ("evaluate", "gate", "conditions"),
+}
+
+
+def gate_digest(package: Path = _PACKAGE) -> str:
+    "Which gate this is: the first digits of the SHA-256 of the modules that decide."
+    modules = [f"{plane}/{name}.py" for plane, names in _DECIDES.items() for name in names]
+    return digest(canonical_json({module: digest(package / module) for module in modules}))[:12]

@@ -935,4 +935,4 @@ def self_test(
         if trials
         else None
     )
-    return SelfTest(policy=policy.policy, outcomes=outcomes, alarms=counted)
+    return SelfTest(policy=policy.version, outcomes=outcomes, alarms=counted)
