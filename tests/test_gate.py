@@ -102,6 +102,26 @@ def test_interval_is_as_wide_as_tickets_make_it():
     assert width(naive) < 0.6 * width(copied)
 
 
+@pytest.mark.parametrize(("factor", "least"), [(1.0, 0.4), (1.5, 0.75), (0.6, 0.75)])
+def test_the_interval_of_a_calibration_error_holds_the_figure_and_the_truth(factor: float, least: float):
+    from titanic_mlops.model.evaluate import BINS, ece_by_chance, estimate
+
+    random, covered, shown, trials = np.random.default_rng(5), 0, [], 80
+    for _ in range(trials):
+        z = random.normal(0, 1.5, 250)
+        truth, p = (1 / (1 + np.exp(-slope * z)) for slope in (1, factor))
+        bins = np.minimum((p * BINS).astype(int), BINS - 1)
+        distance = np.abs(np.bincount(bins, p - truth)).sum() / len(p)
+        y = (random.random(len(p)) < truth).astype(int)
+        ece = estimate(y, p, np.arange(len(p)), draws=200)["ece"]
+        assert 0 <= ece.low <= ece.value <= ece.high
+        covered += ece.low <= distance <= ece.high
+        shown.append(ece.value)
+    assert covered / trials >= least  # the percentiles cover a truth of 0 never
+    if factor == 1:
+        assert ece_by_chance(p) == pytest.approx(np.median(shown), abs=0.01)
+
+
 def test_interval_needs_tickets():
     with pytest.raises(ContractError, match="3 tickets"):
         ticket_interval(np.ones(10), np.zeros(10))

@@ -186,7 +186,9 @@ def plot_calibration(evaluation: Evaluation) -> Plot:
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.set_xlabel("predicted probability of survival")
         axes.set_ylabel("share who lived")
-        axes.set_title(f"Expected calibration error {evaluation.holdout['ece'].value:.3f}")
+        chance = evaluation.ece_by_chance  # an older run did not ask
+        said = "" if chance is None else f"; calibrated, by chance: {chance:.3f}"
+        axes.set_title(f"Expected calibration error {evaluation.holdout['ece'].value:.3f}{said}", fontsize=9)
 
     return _plot(draw, 4.6, 4.2, "Reliability diagram: share who lived against the predicted probability")
 

@@ -74,7 +74,7 @@ def _calibration_error(p: np.ndarray, y: np.ndarray, draws: int = 1000) -> Estim
     dice = np.random.default_rng(0)
     again = dice.multinomial(len(p), count / len(p), size=draws)
     moved = again * mean + np.sqrt(again) * spread * dice.standard_normal((draws, BINS))
-    return Estimate.of(np.abs(gap).sum() / len(p), np.abs(moved).sum(1) / len(p))
+    return Estimate.of_distance(np.abs(gap).sum() / len(p), np.abs(moved).sum(1) / len(p))
 
 
 def figures_of(
