@@ -191,6 +191,23 @@ def test_an_inconclusive_model_that_might_be_much_worse_stays_out():
     assert not promoted and "margin" in reason
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "doubted"),
+    [(0.122, 0.0, True), (0.051, 0.05, True), (0.05, -0.1, False), (0.122, 0.06, False), (-0.2, -0.4, False)],
+)
+def test_a_gap_that_may_have_widened_bars_who_is_not_better(value: float, low: float, doubted: bool):
+    from titanic_mlops.model.conditions import Gap, fairness_doubt
+
+    rise = Estimate(value=value, low=low, high=0.284)
+    doubt = fairness_doubt(
+        [Gap(by="class", rate="selection rate", champion=0.2, challenger=0.3, rise=rise)], Policy()
+    )
+    assert bool(doubt) == doubted and (str(rise) in doubt) == doubted
+    for verdict, promoted in (("better", True), ("inconclusive", not doubted)):
+        found, reason = effect(Policy(), _comparison(verdict, 0.0, 0.01), newer=True, doubt=doubt)
+        assert found == promoted and (promoted or doubt in reason)
+
+
 def _condition(passed: bool, overridable: bool = True) -> Condition:
     return Condition(name="steady", observed="", needed="", passed=passed, why="", overridable=overridable)
 

@@ -1593,6 +1593,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'titanic_mlops/model/conditions.py'),
                                                 'titanic_mlops.model.conditions.fairness_condition': ( '03_model/conditions.html#fairness_condition',
                                                                                                        'titanic_mlops/model/conditions.py'),
+                                                'titanic_mlops.model.conditions.fairness_doubt': ( '03_model/conditions.html#fairness_doubt',
+                                                                                                   'titanic_mlops/model/conditions.py'),
                                                 'titanic_mlops.model.conditions.fairness_gaps': ( '03_model/conditions.html#fairness_gaps',
                                                                                                   'titanic_mlops/model/conditions.py'),
                                                 'titanic_mlops.model.conditions.figure_conditions': ( '03_model/conditions.html#figure_conditions',

@@ -7,8 +7,8 @@ __all__ = ['Age', 'checked_bundle', 'contract_condition', 'bad_weights', 'finite
            'bundle_bytes', 'cost_conditions', 'too_good_condition', 'learnt_from', 'data_age', 'age_condition',
            'data_condition', 'leak_conditions', 'population_distances', 'population_condition', 'calibration_slope',
            'slope_condition', 'slice_rises', 'slice_condition', 'Gap', 'fairness_gaps', 'fairness_condition',
-           'stability_condition', 'Contender', 'Evidence', 'usable_conditions', 'integrity_conditions',
-           'figure_conditions', 'swap_conditions', 'examine']
+           'fairness_doubt', 'stability_condition', 'Contender', 'Evidence', 'usable_conditions',
+           'integrity_conditions', 'figure_conditions', 'swap_conditions', 'examine']
 
 # %% ../../nbs/03_model/14_conditions.ipynb #f90c52ef
 from collections import Counter
@@ -526,6 +526,15 @@ def fairness_condition(gaps: list[Gap], policy: Policy) -> Condition:
         why="a gain must not be taken from one group",
     )
 
+
+def fairness_doubt(gaps: list[Gap], policy: Policy) -> str:  # empty: there is none
+    "The gap that has widened beyond the tolerance, if only chance can be blamed for it."
+    wider = [g for g in gaps if g.rise.value > policy.fairness >= g.rise.low]
+    if not wider:
+        return ""
+    worst = max(wider, key=lambda g: g.rise.value)
+    return f"the gap of the {worst.rate} by {worst.by} may be wider by {worst.rise} (tolerance {policy.fairness:g})"
+
 # %% ../../nbs/03_model/14_conditions.ipynb #18e96e24
 def stability_condition(
     challenger: "np.ndarray",  # who is said to survive, bool, shape (n,)
@@ -636,15 +645,12 @@ def figure_conditions(challenger: Contender, evidence: Evidence, policy: Policy)
 
 # %% ../../nbs/03_model/14_conditions.ipynb #75bdb0c0
 def swap_conditions(
-    challenger: Contender, champion: Contender, evidence: Evidence, policy: Policy, seed: int = 0
+    challenger: Contender, champion: Contender, evidence: Evidence, policy: Policy, gaps: list[Gap]
 ) -> list[Condition]:
     "What a swap must not do."
     rows = evidence.held_out
     test = evidence.passengers[rows].reset_index(drop=True)
     training = feature_frame(evidence.passengers[~rows])
-    gaps = fairness_gaps(
-        test, challenger.decided[rows], champion.decided[rows], policy.false_alarms, seed=seed
-    )
     return [
         split_condition(champion.bundle.info.split, challenger.bundle.info.split),
         age_condition(evidence.age),
@@ -672,13 +678,17 @@ def examine(
     conditions += figure_conditions(challenger, evidence, policy)
     same = champion is not None and champion.bundle.digest == challenger.bundle.digest
     comparison: Comparison | None = None
-    smaller = False
+    smaller, doubt = False, ""
     if champion is not None and not same:
         champion = replace(champion, p=np.where(np.isfinite(champion.p), champion.p, 0.5))
-        conditions += swap_conditions(challenger, champion, evidence, policy, seed)
         rows = evidence.held_out
-        test = evidence.passengers[rows]
+        test = evidence.passengers[rows].reset_index(drop=True)
+        decided = challenger.decided[rows], champion.decided[rows]
+        gaps = fairness_gaps(test, *decided, policy.false_alarms, seed=seed)
+        conditions += swap_conditions(challenger, champion, evidence, policy, gaps)
+        doubt = fairness_doubt(gaps, policy)
         y, ticket = test["survived"].to_numpy(int), test["ticket"].to_numpy(str)
         comparison = compare(y, challenger.p[rows], champion.p[rows], ticket, policy.false_alarms)
         smaller = challenger.size <= (1 - policy.smaller_by) * champion.size
-    return decide(conditions, comparison, same, policy, smaller, evidence.age == "newer", override)
+    newer = evidence.age == "newer"
+    return decide(conditions, comparison, same, policy, smaller, newer, doubt, override)

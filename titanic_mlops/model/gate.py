@@ -230,6 +230,7 @@ def effect(
     comparison: Comparison,
     smaller: bool = False,  # is the challenger's bundle smaller
     newer: bool = False,  # are its data newer
+    doubt: str = "",  # what speaks against a challenger that is not better
 ) -> tuple[bool, str]:  # promote?, and why
     "What the policy does with a verdict."
     verdict, by = comparison.verdict, comparison.difference
@@ -251,6 +252,8 @@ def effect(
             False,
             f"{said}; {asset}, but might be worse by {by.high:.3f} nats (margin {policy.margin:g}); it stays",
         )
+    if doubt:
+        return False, f"{said}; {asset}, but {doubt}; it stays"
     return True, f"{said}, but is {asset}"
 
 # %% ../../nbs/03_model/04_gate.ipynb #7c4a8575
@@ -313,6 +316,7 @@ def decide(
     policy: Policy = POLICY,
     smaller: bool = False,  # is its bundle smaller than the champion's
     newer: bool = False,  # are its data newer
+    doubt: str = "",  # what speaks against a challenger that is not better
     override: Override | None = None,
 ) -> Decision:
     "Promote a challenger that meets every condition, if the policy lets its verdict do so, or a person does."
@@ -326,7 +330,7 @@ def decide(
         outcome, promote, reason = "first", True, "first model, and all floors are met"
     else:
         outcome = comparison.verdict
-        promote, reason = effect(policy, comparison, smaller, newer)
+        promote, reason = effect(policy, comparison, smaller, newer, doubt)
     decision = Decision(
         promote=promote, reason=reason, conditions=conditions, comparison=comparison,
         outcome=outcome, policy=policy.version,

@@ -537,6 +537,7 @@ MODEL_CASES = (
     Case("regularised too much", Attempt(candidate=Candidate("logistic", {"C": 0.005})), by="comparison"),
     Case("trained on few tickets", Attempt(fitted_on=some_tickets(0.04)), by="ranks"),
     Case("threshold moved to 0.97", Attempt(info={"threshold": 0.97}), by="steady"),
+    Case("threshold moved to 0.65, on newer data", Attempt(info={"threshold": 0.65}, champion="former"), "inconclusive", "policy", sly=True),
 )  # fmt: skip
 
 # %% ../../nbs/03_model/08_selftest.ipynb #1d1e48b9
