@@ -6,6 +6,7 @@ CONTRACT_ROWS sets how many are made up.
 import json
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -685,6 +686,42 @@ def test_a_contract_in_a_bundle(tmp_path: Path):
         (tmp_path / "contract.json").write_text(broken)
         with pytest.raises(ContractError, match="can't be read"):
             versions.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "number", "facts", "says"),
+    [
+        ("columns", 5, {"unit": None}, "lacks unit"),
+        ("table_rules", 0, {"low": None}, "enough_rows lacks low"),
+        ("row_rules", 0, {"missing": None}, "lacks missing"),
+        ("columns", 5, {"colour": "red"}, "has an unknown colour"),
+        ("columns", 5, {"low": "zero"}, "low is 'zero'; input should be a valid number"),
+        (
+            "columns",
+            5,
+            {"severity": "abort"},
+            "severity is 'abort'; input should be 'stop', 'quarantine' or 'warn'",
+        ),
+        (
+            "table_rules",
+            0,
+            {"severity": "quarantine"},
+            "severity is 'quarantine'; input should be 'stop' or 'warn'",
+        ),
+        ("row_rules", 0, {"kind": "forbids"}, "kind is 'forbids', not implies or unique"),
+        ("columns", 5, {"kind": "decimal"}, "kind is 'decimal'"),
+        ("columns", 5, {"name": "pclass"}, "names pclass twice"),
+    ],
+)
+def test_a_document_that_says_too_little_or_too_much_is_refused(tmp_path, part, number, facts, says):
+    contract = versions.document()
+    entry = contract[part][number] | facts
+    contract[part][number] = {
+        name: fact for name, fact in entry.items() if fact is not None or name not in facts
+    }
+    (tmp_path / "contract.json").write_text(json.dumps(contract))
+    with pytest.raises(ContractError, match=re.escape(says)):
+        versions.load(tmp_path)
 
 
 def test_words_bind_nobody():

@@ -9,15 +9,21 @@ __all__ = ['FILE', 'FORMAT', 'Breaks', 'document', 'contract_json', 'contract_di
 # %% ../../nbs/02_data/09_contract_versions.ipynb #09d46606
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from titanic_mlops.data.contract import (
     CONTRACT_VERSION,
     ROW_RULES,
     TABLE_RULES,
     Column,
+    Implies,
+    TableRule,
+    Unique,
     columns,
     rule_text,
 )
@@ -100,17 +106,54 @@ def _said_in(bundle: Path) -> str:
     return f" (it says contract version {version})"
 
 
+_PARTS = {  # of a document: kind of an entry -> what it is
+    "columns": {"": Column},
+    "row_rules": {"implies": Implies, "unique": Unique},
+    "table_rules": {"": TableRule},
+}
+
+
+def _require_keys(where: str, facts: Mapping[str, Any], names: Iterable[str]) -> None:
+    "Raise `ValueError` unless these facts are there, and no others."
+    for word, keys in (("lacks", set(names) - set(facts)), ("has an unknown", set(facts) - set(names))):
+        if keys:
+            raise ValueError(f"{where} {word} {', '.join(sorted(keys))}")
+
+
+@cache
+def _adapter(form: type) -> TypeAdapter[Any]:
+    return TypeAdapter(form)
+
+
+def _require_facts(form: type, facts: Mapping[str, Any]) -> None:
+    "Raise `ValueError` for a fact that lacks, or that is no such thing."
+    _require_keys(facts["name"], facts, [field.name for field in fields(form)])
+    endless = form is TableRule and facts["high"] is None
+    said = {k: v for k, v in facts.items() if not (endless and k == "high")}
+    try:
+        _adapter(form).validate_json(json.dumps(said), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))} is {first['input']!r}"
+        raise ValueError(f"{facts['name']}: {what}; {first['msg'].lower()}") from None
+
+
 def _require_document(said: Any) -> None:
     "Raise `ValueError`, `KeyError` or `TypeError` for what is no contract document."
     if said["format"] != FORMAT:
         raise ValueError(f"it has format {said['format']!r}")
+    _require_keys("it", said, ("format", "name", "version", *_PARTS))
     version_of(said)
-    for facts in said["columns"]:
-        Column(**facts | {"choices": tuple(facts["choices"])})
-    for rule in said["row_rules"]:
-        {"implies": ("column", "value", "missing"), "unique": ("columns",)}[rule["kind"]]
-    for rule in (*said["row_rules"], *said["table_rules"]):
-        rule["name"], rule["severity"]
+    for part, kinds in _PARTS.items():
+        names = [facts["name"] for facts in said[part]]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{part} names {', '.join(twice)} twice")
+        for facts in said[part]:
+            kind = facts["kind"] if part == "row_rules" else ""
+            if kind not in kinds:
+                raise ValueError(f"{facts['name']}: kind is {kind!r}, not {' or '.join(kinds)}")
+            plain = {k: v for k, v in facts.items() if not (part == "row_rules" and k == "kind")}
+            _require_facts(kinds[kind], plain)
 
 
 def version_of(contract: Mapping[str, Any]) -> tuple[int, int, int]:
