@@ -319,6 +319,26 @@ def test_a_name_is_one_that_can_be_shown(tmp_path: Path, by: str):
     assert registry.entries() == []
 
 
+@pytest.mark.parametrize(
+    "forged", [{"action": "promote", "verdict": "better"}, {"action": "promote", "override": True}]
+)
+def test_an_entry_that_the_registry_was_not_told_of_moves_nobody(tmp_path: Path, forged: dict):
+    ours = settings(store=tmp_path / "store", mlflow_uri="")
+    registry, first = registered(ours, tmp_path / "weak")
+    _, other = registered(ours, tmp_path / "other", C=50.0)
+    registry.promote(first, None, "first", "first model", by="smith")
+    [last] = registry.entries()
+    turned = {"from_version": 1, "from_digest": first.digest, "to_version": 2, "to_digest": other.digest}
+    facts = FACTS | turned | {"by": "the captain", "reason": "better by 0.1"} | forged
+    entry = registry.ledger().append(last, **facts)  # the chain fits
+    with pytest.raises(RegistryError, match="came past the registry: promote of version 2 by the captain"):
+        registry.settle()
+    assert registry.alias("champion").number == 1
+    Path(registry.ledger()._path(entry.number)).unlink()
+    registry.promote(registry.version(2), registry.alias("champion"), "better", "better by 0.1", by="smith")
+    assert (registry.settle(), registry.alias("champion").number) == ("", 2)
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, Settings]:
     "Version 1 serves by an override; a quick run makes version 2, which is better."

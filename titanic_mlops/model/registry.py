@@ -380,6 +380,27 @@ def _carried(self: Registry) -> str:
     return model.tags.get(HEAD_TAG, "") if model else ""
 
 # %% ../../nbs/03_model/05_registry.ipynb #bd51119a
+_NEXT_TAG = "ledger_next"  # of a version: the move to it that was about to be written
+
+
+def _announced(number: int, action: str, override: bool) -> str:
+    return f"{number} {action}{' by override' if override else ''}"
+
+
+@patch
+def _require_announced(self: Registry, entry: Entry, version: Version) -> None:
+    "Raise `RegistryError` for an entry that nobody has told the registry of."
+    wanted = _announced(entry.number, entry.action, entry.override)
+    if self._carried() != _mark(entry) and version.tags.get(_NEXT_TAG) != wanted:
+        raise RegistryError(
+            f"entry {entry.number} of the ledger came past the registry: {entry.action} of version {version.number} by {entry.by}",
+            where=f"ledger {self.settings.artifacts_url}",
+            rule="the registry is told of a move before it is written",
+            do=f"find out who wrote there, and take the file of entry {entry.number} away; "
+            f"if it is right, set the tag {_NEXT_TAG} of version {version.number} to {wanted!r}",
+        )
+
+
 @patch
 def _carry_out(self: Registry, entry: Entry) -> None:
     "Bring the alias to where the last entry says."
@@ -392,6 +413,7 @@ def _carry_out(self: Registry, entry: Entry) -> None:
                 rule=f"its bundle is {entry.to_digest[:12]}",
                 do="find out who wrote to the registry",
             )
+        self._require_announced(entry, version)
         number = str(version.number)
         self.client.set_registered_model_alias(self.model, CHAMPION, number)
         if entry.caution:
@@ -425,6 +447,8 @@ def _move(self: Registry, after: Entry | None, version: Version, by: str = "", *
     lineage = self.fetch(version).lineage
     ledger = self.ledger()
     assert ledger is not None  # there is a version
+    told = _announced(after.number + 1 if after else 1, facts["action"], facts.get("override", False))
+    self.client.set_model_version_tag(self.model, str(version.number), _NEXT_TAG, told)
     entry = ledger.append(
         after,
         from_version=after.to_version if after else None,
