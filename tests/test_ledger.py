@@ -195,8 +195,11 @@ def test_of_two_promotions_at_the_same_moment_one_wins_in_cloud_storage(cloud_st
 
 def weak_bundle(folder: Path, C: float = 100.0):
     "A real model, fitted on too few passengers."
+    import pandas as pd
+
     from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
     from titanic_mlops.data.sources import EMBEDDED, canonical, read
+    from titanic_mlops.model.background import background_json
     from titanic_mlops.model.bundle import (
         Bundle,
         BundleInfo,
@@ -220,7 +223,10 @@ def weak_bundle(folder: Path, C: float = 100.0):
         reference=reference_distributions(X),
     )
     lineage = Lineage(git_commit="", snapshot="few", data_sha256="0" * 64, seed=0)
-    write_bundle(folder, to_onnx(fit(Candidate("logistic", {"C": C}), X, y, ticket)), info, lineage)
+    oof = pd.DataFrame({"row": range(len(few)), "probability": y.mean()})
+    background = background_json(few.reset_index(drop=True), oof)  # says whom it was trained on
+    graph = to_onnx(fit(Candidate("logistic", {"C": C}), X, y, ticket))
+    write_bundle(folder, graph, info, lineage, background=background)
     return Bundle(folder, [])
 
 
@@ -344,7 +350,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, Settings]
     "Version 1 serves by an override; a quick run makes version 2, which is better."
     own = checkout(tmp_path_factory.mktemp("story"))
     ours = settings(store=own.store)
-    registry, weak = registered(ours, own.folder / "weak")
+    registry, weak = registered(ours, own.folder / "weak", C=0.3)
     registry.promote(weak, None, "", "we had nothing else", by="ismay", override=True)
     done = own.titanic("run", "model=logistic", *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
