@@ -66,7 +66,7 @@ def measures(
         "ece": np.abs(w @ (bins * (p - y)[:, None])).sum(1) / total,
     }
 
-# %% ../../nbs/03_model/02_evaluate.ipynb #7e540ee4
+# %% ../../nbs/03_model/02_evaluate.ipynb #69ea4392
 class Estimate(BaseModel, frozen=True):
     "A figure and its 95 % interval."
 
@@ -93,7 +93,7 @@ class Estimate(BaseModel, frozen=True):
         low, high = 2 * value - drawn.high, 2 * value - drawn.low
         return cls(value=float(value), low=max(0.0, low), high=max(float(value), high))
 
-
+# %% ../../nbs/03_model/02_evaluate.ipynb #7e540ee4
 def ticket_draws(
     ticket: "np.ndarray",  # group of each passenger, shape (n,)
     draws: int = 1000,
@@ -130,7 +130,7 @@ def estimate(
         for name in MEASURES
     }
 
-
+# %% ../../nbs/03_model/02_evaluate.ipynb #91ced78d
 def ece_by_chance(
     p: "np.ndarray",  # probabilities, shape (n,)
     draws: int = 1000,

@@ -427,7 +427,7 @@ def _carry_out(self: Registry, entry: Entry) -> None:
             return
         entry = last
 
-# %% ../../nbs/03_model/05_registry.ipynb #76df4b59
+# %% ../../nbs/03_model/05_registry.ipynb #d01f2b67
 def _require_name(by: str) -> None:
     "Raise `ParameterError` for a name that no ledger and no card could show."
     if not (2 <= len(by) <= 100 and by.strip() and by.isprintable()):
@@ -438,7 +438,7 @@ def _require_name(by: str) -> None:
             do="name who answers for the move: --by NAME",
         )
 
-
+# %% ../../nbs/03_model/05_registry.ipynb #76df4b59
 @patch
 def _move(self: Registry, after: Entry | None, version: Version, by: str = "", **facts: Any) -> Entry:
     "Write an entry, and carry it out. The bundle is fetched and verified before."
