@@ -23,6 +23,7 @@ from test_sources import free_port, process
 
 from titanic_mlops.ground.errors import BundleError, RegistryError
 from titanic_mlops.ground.settings import Settings, settings
+from titanic_mlops.ground.store import digest
 from titanic_mlops.model.ledger import UNSETTLED, Ledger
 
 FACTS = {
@@ -491,6 +492,64 @@ def test_a_row_that_names_another_model_is_found(story):
     own, ours = story
     with changed(own.store / "latest" / "scored.csv", lambda good: good.replace(b",2,", b",1,", 1)):
         assert {"scored file", "rows"} <= set(broken(ours))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("inputs", ["as they are", "taken out"])
+def test_whoever_takes_the_run_out_of_a_manifest_is_found(story, inputs: str):
+    "A scored row is changed, every file beside it made to fit, and the manifest names nobody who could object."
+    own, ours = story
+    outputs = own.outputs("score")
+    sidecar, manifest = outputs / "scored.json", outputs.parent / "manifest.json"
+
+    def refit(good: bytes) -> bytes:
+        said = json.loads(good)
+        said["outputs"] |= {file.name: digest(file) for file in (outputs / "scored.csv", sidecar)}
+        del said["context"]["mlflow_run"]
+        return json.dumps(said | ({} if inputs == "as they are" else {"inputs": {}})).encode()
+
+    def rename(good: bytes) -> bytes:
+        said = json.loads(good)
+        return json.dumps(said | {"files": {"scored.csv": digest(outputs / "scored.csv")}}).encode()
+
+    with (
+        changed(outputs / "scored.csv", lambda good: good.replace(b",1,2,", b",0,2,", 1)),
+        changed(sidecar, rename),
+        changed(manifest, refit),
+    ):
+        found = broken(ours, outputs / "scored.csv")
+    assert found == ["step score"] + ["step promote"] * (inputs == "taken out")
+
+
+@pytest.mark.long
+def test_an_executed_notebook_whose_manifest_names_no_run_is_found(story):
+    own, ours = story
+    folder = own.outputs("evaluate").parent
+
+    def refit(good: bytes) -> bytes:
+        said = json.loads(good)
+        return json.dumps(said | {"notebook": digest(folder / "notebook.ipynb"), "context": {}}).encode()
+
+    with (
+        changed(folder / "notebook.ipynb", lambda good: good.replace(b"accuracy", b"acuracy!")),
+        changed(folder / "manifest.json", refit),
+    ):
+        assert broken(ours) == ["step evaluate"]
+
+
+@pytest.mark.long
+def test_what_a_notebook_in_jupyterlab_has_made_first_is_on_record(tmp_path: Path):
+    from titanic_mlops.flow.verify import Kept, _require_kept
+    from titanic_mlops.model.registry import Registry
+
+    own = checkout(tmp_path)
+    made = own.python("from titanic_mlops.flow.execution import prepare_inputs; prepare_inputs('validate')")
+    assert made.returncode == 0 and "running ingest first" in made.stdout, made.stdout + made.stderr
+    kept = Kept.of(one(own.store, "steps/ingest/*/manifest.json").parent)
+    registry = Registry(settings(store=own.store))
+    assert _require_kept(kept, registry, tmp_path).startswith(f"run {kept.run[:8]}, ")
+    parent = registry.client.get_run(kept.run).data.tags["mlflow.parentRunId"]
+    assert registry.client.get_run(parent).info.status == "FINISHED"
 
 
 @pytest.mark.long

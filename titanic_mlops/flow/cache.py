@@ -212,7 +212,7 @@ class Result:
 
     @property
     def origin(self) -> str:
-        "The MLflow run that computed it; empty: a person's notebook did."
+        "The MLflow run that computed it; empty: it is not on record."
         return self.manifest["context"].get("mlflow_run", "")
 
 # %% ../../nbs/04_flow/04_cache.ipynb #97cee293

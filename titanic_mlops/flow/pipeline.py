@@ -28,12 +28,11 @@ from titanic_mlops.flow.cache import (
     extra_inputs,
     foresee,
     key_of,
-    library_versions,
     recall,
     why_unknown,
 )
 from .configuration import RunConfig
-from .execution import Stop, alone, execute, import_ahead, kernel_name
+from .execution import Stop, alone, circumstances, execute, import_ahead, kernel_name
 from .kernels import KERNEL_NAME, install_kernelspec, warm_up
 from titanic_mlops.flow.records import (
     Books,
@@ -41,7 +40,6 @@ from titanic_mlops.flow.records import (
     RestBooks,
     Tracker,
     dismiss_clerk,
-    git_commit,
     part_from_prefect,
     tell_prefect,
 )
@@ -51,7 +49,6 @@ from ..ground.errors import ParameterError, StoreError, explain, nearest
 from ..ground.logs import open_log
 from ..ground.settings import Settings
 from ..ground.store import write_atomic
-from ..model.lineage import code_digest, environment_digest, installed_code
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #1fd8752b
 HEARTBEAT = 10.0  # seconds of silence after which a job is said to be alive
@@ -180,11 +177,7 @@ def _do(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result]) -> Result:
 def _carry_out(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result], why: str) -> Result:
     "Execute one job, and put it on record."
     child = run.tracker.start(job)
-    context = {"mlflow_run": child, "pipeline_run": run.tracker.run_id, "git_commit": git_commit()}
-    context |= {
-        "code_sha256": code_digest(installed_code()),
-        "environment_sha256": environment_digest(library_versions()),
-    }
+    context = circumstances(child, run.tracker.run_id)
     run.tell(Event("started", job.name, text=why))
     started = time.monotonic()
     try:

@@ -93,7 +93,7 @@ class Kept:
 
     @property
     def run(self) -> str:
-        "Its MLflow run; empty: a person's notebook made it."
+        "Its MLflow run; empty: its manifest names none."
         return self.manifest["context"].get("mlflow_run", "")
 
     @property
@@ -115,8 +115,7 @@ class Kept:
 def _require_kept(kept: Kept, registry: "Registry", scratch: Path) -> str:  # what was seen
     "Raise `StoreError` unless a result, MLflow's copy of it and MLflow's tag agree."
     kept.require()
-    if not kept.run:
-        return "made by hand, not on record in MLflow"
+    _demand(kept.run, "it is not on record in MLflow: nothing vouches for its manifest")
     run = registry.client.get_run(kept.run)
     _demand(run.info.lifecycle_stage == "active", f"its run {kept.run[:8]} was deleted")
     anchor = digest(kept.folder / "manifest.json")
@@ -343,6 +342,7 @@ def _walk_origins(
     with chain.link("libraries") as seen:
         seen(_require_environment(bundle, origin))
     with chain.link("data") as seen:
+        _demand("ingest" in steps, "no step before it names the one that read the rows")
         seen(_require_data(bundle, steps["ingest"], registry.settings))
     with chain.link("ledger") as seen:
         seen(_require_ledger(bundle, version, registry))
@@ -373,6 +373,8 @@ def verify(
         steps = _walk_steps(chain, scored, registry, Path(scratch))
         if "promote" in steps:
             _walk_model(chain, file, steps, registry, Path(scratch))
+        elif "step promote" not in chain.broken:
+            chain.links.append(Link("step promote", False, "no step before it names the one that promoted"))
     return chain
 
 # %% ../../nbs/04_flow/10_verify.ipynb #2db2da31
@@ -525,5 +527,4 @@ def _walk_version(
         seen(_who_registered(version, origin))
     if origin is not None:
         steps = _walk_steps(chain, origin, registry, scratch)
-        if "ingest" in steps:
-            _walk_origins(chain, version, bundle, origin, steps, registry)
+        _walk_origins(chain, version, bundle, origin, steps, registry)
