@@ -4,6 +4,7 @@ import http.server
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Barrier
 from typing import ClassVar
@@ -404,7 +405,7 @@ def test_the_whole_chain_is_whole(story):
             "bundle",
             "run",
         }
-        assert wanted | {"code", "libraries", "data", "ledger"} == set(names)
+        assert wanted | {"code", "libraries", "data", "verdict", "ledger"} == set(names)
     elsewhere = shutil.copy(own.store / "latest" / "scored.csv", own.folder / "mine.csv")
     assert not broken(ours, Path(elsewhere))
 
@@ -425,6 +426,8 @@ BROKEN = {  # what is changed, below the store -> the link that must be named
     "bundles/{digest}/bundle.json": "bundle",
     "mlartifacts/{run}/artifacts/model/*/data/bundle/model.onnx": "bundle",
     "mlartifacts/{run}/artifacts/model/*/data/bundle/lineage.json": "bundle",
+    "mlartifacts/{run}/artifacts/model/*/MLmodel": "bundle",
+    "mlartifacts/{run}/artifacts/model/*/analysis/model.skops": "bundle",
     "mlartifacts/{run}/artifacts/notebook.ipynb": "step promote",
     "mlartifacts/{run}/artifacts/manifest.json": "step promote",
     "artifacts/*/*.parquet": "data",
@@ -474,6 +477,72 @@ def test_what_is_changed_in_the_registry_is_found(story):
     assert broken(ours) == ["ledger"]
     assert "past the ledger" in registry.settle()
     assert not broken(ours)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["lineage.json", "background.json", "contract.json"])
+@pytest.mark.parametrize("place", ["bundles/{digest}", "mlartifacts/{run}/artifacts/model/*/data/bundle"])
+def test_what_goes_with_a_model_can_not_be_changed_by_its_manifest(story, place: str, name: str):
+    "The digest of a bundle says what the model is; the version's tag and the ledger vouch for the rest."
+    own, ours = story
+    from titanic_mlops.model.registry import Registry
+
+    registry = Registry(ours)
+    champion = registry.alias("champion")
+    folder = one(own.store, place.format(digest=champion.digest, run=champion.run_id))
+
+    def refit(good: bytes) -> bytes:
+        said = json.loads(good)
+        said["files"][name] = digest(folder / name)
+        return json.dumps(said).encode()
+
+    with (
+        changed(folder / name, lambda good: b"1".join(good.rsplit(b"0", 1))),
+        changed(folder / "manifest.json", refit),
+    ):
+        assert broken(ours) == ["bundle"]
+        if place.startswith("bundles"):
+            with pytest.raises(RegistryError, match="is not what was registered"):
+                registry.fetch(champion)
+
+
+def test_the_ledger_vouches_for_what_goes_with_a_model(tmp_path: Path):
+    from titanic_mlops.flow.verify import _require_ledger
+    from titanic_mlops.ground.errors import StoreError
+
+    registry, version = registered(settings(store=tmp_path / "store", mlflow_uri=""), tmp_path / "weak")
+    registry.promote(version, None, "", "we had nothing else", by="ismay", override=True)
+    bundle = registry.fetch(version)
+    assert "entry 1 by ismay" in _require_ledger(bundle, version, registry)
+    manifest = bundle.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("{", "{ ", 1))
+    with pytest.raises(StoreError, match="entry 1 names another manifest"):
+        _require_ledger(bundle, version, registry)
+
+
+@pytest.mark.long
+def test_what_mlflow_shows_is_what_was_found(story):
+    "Figures and parameters of a step, and the gate's words on the version."
+    own, ours = story
+    from titanic_mlops.model.registry import Registry
+
+    registry = Registry(ours)
+    champion = registry.alias("champion")
+    for tag in ("gate_verdict", "gate_reason", "gate"):
+        registry.client.set_model_version_tag("titanic", str(champion.number), tag, "forged")
+        assert broken(ours) == ["verdict"], tag
+        registry.client.set_model_version_tag("titanic", str(champion.number), tag, champion.tags[tag])
+    run = json.loads((own.outputs("evaluate").parent / "manifest.json").read_text())["context"]["mlflow_run"]
+    for table, value in (("latest_metrics", 0.123), ("params", "1911")):
+        with closing(sqlite3.connect(own.store / "mlflow.db")) as tables:
+            where = (f"from {table} where run_uuid = ?", (run,))
+            key, good = tables.execute(f"select key, value {where[0]}", where[1]).fetchone()
+            for said, found in ((value, ["step evaluate"]), (good, [])):
+                tables.execute(
+                    f"update {table} set value = ? where run_uuid = ? and key = ?", (said, run, key)
+                )
+                tables.commit()
+                assert broken(ours) == found
 
 
 @pytest.mark.long

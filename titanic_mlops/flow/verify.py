@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import MANIFEST_TAG, OUTPUTS_TAG
+from .records import MANIFEST_TAG, OUTPUTS_TAG, flat
 from ..ground.errors import StepError, StoreError, TitanicError
 from ..ground.settings import Settings
 from ..ground.store import Artifacts, canonical_json, digest, digest_folder
@@ -123,6 +124,7 @@ def _require_kept(kept: Kept, registry: "Registry", scratch: Path) -> str:  # wh
         run.data.tags.get(MANIFEST_TAG) == anchor,
         f"its manifest is not the one that run {kept.run[:8]} has on record",
     )
+    _require_figures(kept, run.data)
     copy = _download(registry, kept.run, scratch)
     if copy != kept.folder:
         _demand(
@@ -134,6 +136,15 @@ def _require_kept(kept: Kept, registry: "Registry", scratch: Path) -> str:  # wh
         except StoreError as error:
             raise StoreError(f"in MLflow's run {kept.run[:8]}, {error.what}") from None
     return f"run {kept.run[:8]}, {len(kept.manifest['outputs'])} files, notebook {kept.manifest['notebook'][:12]}"
+
+
+def _require_figures(kept: Kept, data: Any) -> None:  # `data` of MLflow's run
+    "Raise `StoreError` unless MLflow shows the figures and parameters that the manifest names."
+    finite = {name: value for name, value in kept.manifest["metrics"].items() if isfinite(value)}
+    given = {name: str(value)[:500] for name, value in flat(kept.manifest["parameters"]).items()}
+    for kind, said, shown in (("metric", finite, data.metrics), ("parameter", given, data.params)):
+        changed = sorted(name for name in said if shown.get(name) != said[name])
+        _demand(not changed, f"MLflow shows another {kind} {(changed or [''])[0]} than its manifest")
 
 
 def _download(registry: "Registry", run: str, scratch: Path) -> Path:
@@ -237,9 +248,15 @@ def _require_bundles(promoted: Kept, version: "Version", registry: "Registry", s
     trusted = registry.settings.trusted
     mine = Bundle(promoted.folder / "outputs" / "champion", trusted)
     _demand(mine.digest == version.digest, f"version {version.number} is the bundle {version.digest[:12]}")
-    registry.fetch(version, folder=scratch / "registered")
-    registry.fetch(version)
+    _fetched(version, registry, scratch)
     return mine
+
+
+def _fetched(version: "Version", registry: "Registry", scratch: Path) -> "Bundle":
+    "The bundle of a version in the store, and each of its files in MLflow, verified."
+    registry.fetch(version, folder=scratch / "registered")
+    registry.require_files(version)
+    return registry.fetch(version)
 
 
 def _registered_by(version: "Version", bundle: "Bundle", registry: "Registry", scratch: Path) -> Kept:
@@ -323,11 +340,36 @@ def _require_ledger(bundle: "Bundle", version: "Version", registry: "Registry") 
         (entry.data_sha256, entry.code_sha256) == (lineage.data_sha256, lineage.code_sha256),
         f"entry {entry.number} names other data or other code",
     )
+    _demand(
+        entry.manifest_sha256 in ("", digest(bundle.folder / "manifest.json")),
+        f"entry {entry.number} names another manifest of the bundle",
+    )
     _demand(registry.standing() != UNSETTLED, f"the alias {CHAMPION} is not where entry {len(entries)} says")
     marked = f", OVERRIDE: {entry.reason}" if entry.override else ""
     return f"{len(entries)} entries; entry {entry.number} by {entry.by}: {entry.action}{marked}"
 
 # %% ../../nbs/04_flow/10_verify.ipynb #5d0e3a10
+def _require_verdict(version: "Version", registry: "Registry", scratch: Path) -> str:  # what was seen
+    "Raise `StoreError` unless a version's tags say what the run that asked the gate has written down."
+    tags = version.tags
+    asked = tags.get("gate_run", "none")
+    if asked == "none":
+        return "no run has asked the gate"
+    if registry.client.get_run(asked).info.status != "FINISHED":
+        return f"run {asked[:8]}, the last that asked the gate, was cut off"
+    kept = Kept.of(_download(registry, asked, scratch))
+    _require_kept(kept, registry, scratch)
+    said = json.loads((kept.folder / "outputs" / "decision.json").read_bytes())
+    told = {
+        "gate": "promote" if said["promote"] else "keep",
+        "gate_verdict": said["outcome"],
+        "gate_reason": said["reason"][:4000],
+    }
+    changed = [name for name in told if tags.get(name) != told[name]]
+    _demand(not changed, f"its tag {(changed or [''])[0]} is not what run {asked[:8]} has decided")
+    return f"{said['outcome']}, by run {asked[:8]}"
+
+
 def _walk_origins(
     chain: Chain,
     version: "Version",
@@ -335,6 +377,7 @@ def _walk_origins(
     origin: Kept,  # what the run that registered it has left
     steps: dict[str, Kept],  # of that run, by job
     registry: "Registry",
+    scratch: Path,
 ) -> None:
     "Check what a model was made from, and who let it serve."
     with chain.link("code") as seen:
@@ -344,6 +387,8 @@ def _walk_origins(
     with chain.link("data") as seen:
         _demand("ingest" in steps, "no step before it names the one that read the rows")
         seen(_require_data(bundle, steps["ingest"], registry.settings))
+    with chain.link("verdict") as seen:
+        seen(_require_verdict(version, registry, scratch))
     with chain.link("ledger") as seen:
         seen(_require_ledger(bundle, version, registry))
 
@@ -405,7 +450,7 @@ def _walk_model(
         seen(_who_registered(version, origin))
     if origin and origin.run != steps["promote"].run:
         steps = _walk_steps(chain, origin, registry, scratch)
-    _walk_origins(chain, version, bundle, origin or steps["promote"], steps, registry)
+    _walk_origins(chain, version, bundle, origin or steps["promote"], steps, registry, scratch)
 
 # %% ../../nbs/04_flow/10_verify.ipynb #5d0e3a12
 SAID = ("model_version", "bundle_digest", "probability")  # what an answer and its record both say
@@ -513,8 +558,7 @@ def _walk_version(
 ) -> None:
     bundle: Bundle | None = None
     with chain.link("bundle") as seen:
-        registry.fetch(version, folder=scratch / "registered")
-        bundle = registry.fetch(version)
+        bundle = _fetched(version, registry, scratch)
         seen(f"{bundle.digest[:12]}" + (f", signed by {bundle.signed_by[:12]}" if bundle.signed_by else ""))
     if bundle is None:
         return
@@ -527,4 +571,4 @@ def _walk_version(
         seen(_who_registered(version, origin))
     if origin is not None:
         steps = _walk_steps(chain, origin, registry, scratch)
-        _walk_origins(chain, version, bundle, origin, steps, registry)
+        _walk_origins(chain, version, bundle, origin, steps, registry, scratch)

@@ -44,16 +44,21 @@ class Entry(BaseModel):
     code_sha256: str = ""
     git_commit: str = ""
     run_id: str = ""  # the MLflow run that registered the version
+    manifest_sha256: str = ""  # of the bundle's manifest; empty: the entry is older than this field
+
+    def _said(self) -> dict[str, Any]:
+        "What is sealed: an older entry as it was written."
+        return self.model_dump(exclude=None if self.manifest_sha256 else {"manifest_sha256"})
 
     @property
     def seal(self) -> str:
         "SHA-256 of what the entry says."
-        return digest(canonical_json(self.model_dump()))
+        return digest(canonical_json(self._said()))
 
     @property
     def line(self) -> bytes:
         "The entry as it is written: one line of JSON, with its seal."
-        return canonical_json(self.model_dump() | {"seal": self.seal}) + b"\n"
+        return canonical_json(self._said() | {"seal": self.seal}) + b"\n"
 
     @property
     def caution(self) -> str:
