@@ -760,6 +760,10 @@ def test_a_rollback_lasts(story):
 
     again = own.titanic("run", "model=logistic", *QUICK)
     assert "7 of 7 steps recalled" in again.stdout, again.stdout
+    sidecar = own.store / "latest" / "scored.json"
+    assert "ismay" in json.loads(sidecar.read_text())["override"]
+    with changed(sidecar, lambda good: good.replace(b"ismay", b"smith")):
+        assert "rows" in broken(ours)
     registry = Registry(ours)
     with pytest.raises(RegistryError, match="version 2 was rolled back"):
         registry.require_gate(registry.version(2), registry.alias("champion"))

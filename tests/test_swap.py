@@ -30,7 +30,7 @@ from titanic_mlops.ground.store import canonical_json, digest
 from titanic_mlops.model.bundle import BundleInfo, Lineage, new_key, sign, write_bundle
 from titanic_mlops.model.ledger import Ledger
 from titanic_mlops.serve.models import Models, Watch, admit, open_models
-from titanic_mlops.serve.origins import FolderOrigin, RegistryOrigin
+from titanic_mlops.serve.origins import FolderOrigin, RegistryOrigin, StoreOrigin
 from titanic_mlops.serve.server import bind
 
 PASSENGER = {
@@ -626,6 +626,36 @@ def test_a_server_follows_the_ledger_of_the_store(tmp_path: Path, bundles: dict[
         shutil.copy(second, last.with_name("00000004.json"))
         serving.until(lambda: "of the ledger was changed" in str(serving.state()["degraded"]))
         assert serving.state()["ready"] and serving.ask()[2]["x-model-version"] == "1"
+
+
+def test_a_ledger_that_lost_its_end_moves_no_server_and_a_rollback_keeps_the_mark(
+    tmp_path: Path, bundles: dict[str, Path]
+):
+    "The registry knows the last entry that was carried out; who came by an override is marked when it comes back."
+    store = tmp_path / "store"
+    ledger = made_store(store, bundles)
+    low, high = (digest_of(bundles[name]) for name in ("low", "high"))
+    facts = {"from_version": None, "from_digest": "", "verdict": "", "gate_version": "", "reason": "faster"}
+    moves = [("promote", 1, low, True), ("promote", 2, high, False), ("rollback", 1, low, False)]
+    entry = None
+    for action, number, bundle, override in moves:
+        to = {"to_version": number, "to_digest": bundle, "override": override}
+        entry = ledger.append(entry, by="ismay", action=action, **to, **facts)
+    with contextlib.closing(sqlite3.connect(store / "mlflow.db")) as database:
+        database.execute(
+            "insert into registered_model_tags values ('titanic', 'ledger_head', ?)", (entry.mark,)
+        )
+        database.commit()
+    origin = StoreOrigin(settings(store=store))
+    assert (origin.look().version, "ismay" in origin.look().override) == ("1", True)
+    with titanic_serve(store) as serving:
+        assert serving.ask()[2]["x-model-version"] == "1"
+        next(store.glob("artifacts/ledger/titanic-test/00000003.json")).unlink()
+        serving.until(lambda: "not the one that was carried out" in str(serving.state()["degraded"]))
+        assert serving.state()["ready"] and serving.ask()[2]["x-model-version"] == "1"
+    for looks in (origin, StoreOrigin(settings(store=store))):
+        with pytest.raises(RegistryError, match="not the one that was carried out"):
+            looks.look()
 
 
 # --- time

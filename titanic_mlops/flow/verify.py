@@ -238,6 +238,8 @@ def _require_rows(file: Path, champion: dict[str, Any]) -> str:  # what was seen
         said = json.loads(sidecar.read_text())
         _demand(said["files"].get(file.name) == digest(file), f"{sidecar.name} knows the file by other bytes")
         _demand(said["bundle"] == champion["digest"], f"{sidecar.name} names another bundle")
+        marked = champion["override"]
+        _demand(said.get("override", marked) == marked, f"{sidecar.name} says another thing of an override")
     return f"{len(rows)} rows of version {champion['version']}, bundle {champion['digest'][:12]}"
 
 # %% ../../nbs/04_flow/10_verify.ipynb #e041d514

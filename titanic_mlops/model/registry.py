@@ -42,6 +42,7 @@ from titanic_mlops.model.ledger import (
     Entry,
     Ledger,
     account,
+    require_head,
     succession,
     withdrawn,
 )
@@ -409,19 +410,12 @@ def entries(self: Registry) -> list[Entry]:
     "The ledger's entries, oldest first. Raises `RegistryError` if the chain is broken, or shorter than it was."
     ledger = self.ledger()
     found = ledger.entries() if ledger else []
-    carried = self._carried()
-    if carried and carried not in [_mark(entry) for entry in found]:
-        raise RegistryError(
-            "the ledger is not the one that was carried out",
-            where=f"ledger {ledger.name if ledger else ''}, {len(found)} entries",
-            rule=f"it holds entry {carried[:14]}, whose seal the registry has kept",
-            do="put the missing entries back from a copy of the artefact store",
-        )
+    require_head(found, self._carried(), ledger.name if ledger else "")
     return found
 
 
 def _mark(entry: Entry) -> str:
-    return f"{entry.number} {entry.seal}"
+    return entry.mark
 
 
 @patch

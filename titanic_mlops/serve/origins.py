@@ -399,7 +399,7 @@ from registered_model_aliases a join model_versions v on v.name = a.name and v.v
 where a.name = ? and a.alias = ?
 """
 _VERSION = "select source from model_versions where name = ? and version = ?"
-_LEDGER = "select value from registered_model_tags where name = ? and key = 'ledger'"  # `LEDGER_TAG`
+_TAG = "select value from registered_model_tags where name = ? and key = ?"
 
 
 class Tables:
@@ -454,23 +454,31 @@ class StoreOrigin(Tables):
 
     def ledger_name(self) -> str:  # empty: there is none
         "The name of the model's ledger. Raises `RegistryError` if the tables can't be read."
-        found = self._ask(_LEDGER, self._settings.mlflow_model) if self._file.is_file() else None
+        from titanic_mlops.model.ledger import LEDGER_TAG
+
+        return self._tag(LEDGER_TAG)
+
+    def _tag(self, key: str) -> str:  # empty: there is none
+        found = self._ask(_TAG, self._settings.mlflow_model, key) if self._file.is_file() else None
         return found[0] if found else ""
 
     def _by_ledger(self, name: str) -> Offer:
-        from titanic_mlops.model.ledger import Ledger
+        from titanic_mlops.model.ledger import HEAD_TAG, Ledger, require_head, succession
 
         ledger = Ledger(self._settings.artifacts_url, name)
         length = f"{name} {ledger.length()}"
         if self._seen and self._seen[0] == length:  # entries are never changed
             return self._seen[1]
+        head = self._tag(HEAD_TAG)  # before the entries, which may become more meanwhile
         entries = ledger.entries()
+        require_head(entries, head, name)
         if not entries:
             return self._by_alias()
         last = entries[-1]
         source = self._ask(_VERSION, self._settings.mlflow_model, last.to_version)
+        caution = succession(entries)[-1].caution  # a rollback to an overridden version has none of its own
         offer = self._offer(
-            str(last.to_version), last.to_digest, source[0] if source else "", last.caution, length
+            str(last.to_version), last.to_digest, source[0] if source else "", caution, length
         )
         self._seen = (length, offer)
         return offer
