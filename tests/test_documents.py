@@ -70,6 +70,14 @@ def test_what_is_no_figure_is_left_alone():
     assert [f.text for f in figures_in("    0.1\nthen 0.25")] == ["0.25"]
 
 
+def test_what_is_a_figure_is_found_wherever_it_stands(copy: Path):
+    assert [f.text for f in figures_in("- a\n    - 2.5x as fast\n    1. in 120s")] == ["2.5", "120"]
+    page = copy / "deploy" / "observe" / "README.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("It answers in 12.345 ms.\n")
+    assert check(copy) == ["deploy/observe/README.md, line 1: 12.345 (it is cited from nowhere)"]
+
+
 def test_the_record_holds_what_a_run_finds():
     values = read_record(ROOT)["values"]
     assert values["data.passengers"] == 1309 and values["data.survived"] == 500
@@ -87,6 +95,8 @@ def test_a_card_in_which_somebody_typed_a_figure_is_found(tmp_path: Path):
     (folders["evaluate"] / "evaluation.json").write_text(
         json.dumps({"holdout": {"accuracy": {"value": 0.78421, "low": 0.7301, "high": 0.8358}}})
     )
+    crowd = {"chance": [0.999, 0.123]}  # with thousands of these, anything would be a value of the run
+    (folders["promote"] / "background.json").write_text(json.dumps(crowd))
     card = tmp_path / "model_card.md"
     card.write_text("Accuracy 0.784, with 95 % intervals: 0.784 [0.730, 0.836].\nAccuracy 0.999.\n")
     assert check_card(card, folders) == ["model_card.md, line 2: 0.999 (no value of the run)"]

@@ -643,6 +643,27 @@ def test_changed_code_is_found_by_the_command(story, tmp_path: Path):
     assert "neither the installed package nor commit" in said.stdout
 
 
+@pytest.mark.long
+def test_a_card_that_is_not_what_the_run_gives_is_found(story):
+    "A figure that is the value of something else, and a row that is gone."
+    from titanic_mlops.flow.figures import compare_cards
+    from titanic_mlops.flow.reporting import latest_folders
+
+    own, ours = story
+    latest, folders = own.store / "latest", latest_folders(ours)
+    card = latest / "model_card.md"
+    assert compare_cards(latest, folders) == []
+    row = next(line for line in card.read_text().splitlines() if line.startswith("| log loss |"))
+    forged = "| log loss | 0.213 | 0.180 | 0.244 |"
+    with changed(card, lambda good: good.replace(row.encode(), forged.encode())):
+        assert compare_cards(latest, folders) == [
+            f"model_card.md lacks: {row}",
+            f"model_card.md says: {forged}",
+        ]
+        said = own.titanic("docs", "check")
+    assert said.returncode == 1 and "0.213" in said.stdout, said.stdout + said.stderr
+
+
 # --- from an answer of the server
 
 

@@ -21,20 +21,22 @@ def check() -> None:
     from pathlib import Path
 
     from titanic_mlops.flow.figures import check as check_documents
-    from titanic_mlops.flow.figures import check_card, checkout_root, figures_of_documents
+    from titanic_mlops.flow.figures import check_card, checkout_root, compare_cards, figures_of_documents
 
     root = checkout_root()
     wrong, latest = check_documents(root), settings().store / "latest"
     cards = sorted(latest.glob("*_card.md"))
     if cards:
         results = json.loads((latest / "run.json").read_text())["results"]
-        folders = {job: Path(folder) / "outputs" for job, folder in results.items()}
-        wrong += [line for card in cards for line in check_card(card, folders)]
+        folders = {job: Path(folder) for job, folder in results.items()}
+        outputs = {job: folder / "outputs" for job, folder in folders.items()}
+        wrong += [line for card in cards for line in check_card(card, outputs)]
+        wrong += compare_cards(latest, folders)
     for line in wrong:
         console().print(f"  [red]✗[/] {escape(line)}")
     if wrong:
         console().print(
-            f"\n{len(wrong)} figures resolve to nothing. Mend the sentence, or cite its value in nbs/figures.json"
+            f"\n{len(wrong)} findings. Mend the sentence, or cite its value in nbs/figures.json; a card is made by: titanic run"
         )
         raise typer.Exit(1)
     number = len(list(figures_of_documents(root)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'Figure', 'figures_in', 'values_of', 'Place', 'figures_of_documents', 'read_record', 'check', 'checkout_root',
-           'record', 'check_card']
+           'record', 'check_card', 'compare_cards']
 
 # %% ../../nbs/04_flow/11_figures.ipynb #0c9dd0ba
 import json
@@ -17,13 +17,16 @@ from typing import Any
 from .steps import PACKAGE, cells_of
 from ..ground.errors import StepError
 from ..ground.store import write_atomic
+from ..model.background import BACKGROUND
 
 # %% ../../nbs/04_flow/11_figures.ipynb #32e8f59d
 _NO_PROSE = re.compile(
-    r"```.*?```|<!--.*?-->|<table.*?</table>|`[^`\n]*`|\]\([^)\s]*\)|https?://\S+|^(?: {4}|\t)[^\n]*|<[a-z/][^>]*>",
+    r"```.*?```|<!--.*?-->|<table.*?</table>|`[^`\n]*`|\]\([^)\s]*\)|https?://\S+|^(?: {4}|\t)(?!\s*(?:[-*+]|\d+\.) )[^\n]*|<[a-z/][^>]*>",
     re.DOTALL | re.MULTILINE,
 )
-_FIGURE = re.compile(r"(?<![\w.,/#:-])\d[\d,]*(?:\.\d+)?(?:\s?%)?(?![\w/]|\.\d|,\d)")
+_FIGURE = re.compile(
+    r"(?<![\w.,/#:-])\d[\d,]*(?:\.\d+)?(?:\s?%)?(?=(?:x|ms|s|kB|MB|GB)\b|[^\w/]|$)(?!\.\d|,\d)"
+)
 _ESTIMATE = re.compile(r"(\d+\.\d+) \[[-−]?(\d+\.\d+), [-−]?(\d+\.\d+)\]")
 _YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
 
@@ -142,10 +145,11 @@ def figures_of_documents(
             if cell["cell_type"] == "markdown":
                 for figure in figures_in(cell["source"]):
                     yield Place(name, f"cell {cell['id']}, line {figure.line}", figure)
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        if (root / name).exists():
-            for figure in figures_in((root / name).read_text(encoding="utf-8")):
-                yield Place(name, f"line {figure.line}", figure)
+    pages = [root / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    for page in [*pages, *sorted((root / "deploy").rglob("README.md"))]:
+        if page.exists():
+            for figure in figures_in(page.read_text(encoding="utf-8")):
+                yield Place(page.relative_to(root).as_posix(), f"line {figure.line}", figure)
 
 # %% ../../nbs/04_flow/11_figures.ipynb #7de0ca12
 def read_record(root: Path) -> dict[str, Any]:
@@ -250,6 +254,8 @@ def check_card(
     values, numbers = values_of(folders), set(_GENERAL)
     for job in ("validate", "evaluate", "promote"):
         for file in sorted(folders[job].rglob("*.json")):
+            if file.name == BACKGROUND:  # thousands of numbers, one of which fits anything
+                continue
             said = json.loads(file.read_text())
             values |= dict(_flat(said, f"{job}.{file.name}"))
             texts.append(json.dumps(said, ensure_ascii=False))
@@ -267,3 +273,21 @@ def check_card(
 
 
 _GENERAL = ("95 %",)  # what an interval covers
+
+
+def compare_cards(
+    latest: Path,  # folder with the cards of a run
+    folders: Mapping[str, Path],  # of that run: job -> its folder
+) -> list[str]:  # lines that are not as the run gives them
+    "Make the cards of a run again, and compare."
+    from difflib import ndiff
+
+    from titanic_mlops.flow.reporting import cards_of, collect
+
+    found = []
+    for name, text in cards_of(collect(folders, {}), folders).items():
+        lies = (latest / name).read_text(encoding="utf-8") if (latest / name).exists() else ""
+        for line in ndiff(text.splitlines(), lies.splitlines()):
+            if line[:2] in ("- ", "+ "):
+                found.append(f"{name} {'lacks' if line[0] == '-' else 'says'}: {line[2:]}")
+    return found
