@@ -140,8 +140,19 @@ def test_a_passenger_on_two_sides_is_refused(passengers, change: dict):
     assert passengers.name[200] in raised.value.where
 
 
+def test_a_passenger_of_whom_neither_age_nor_fare_is_known_is_refused_on_two_sides(passengers):
+    bare = passengers.assign(
+        **{name: passengers[name].where(passengers.index != 200) for name in ("age", "fare")}
+    )
+    twice = pd.concat([bare, bare.iloc[[200]].assign(ticket="another")], ignore_index=True)
+    with pytest.raises(LeakError, match="1 passenger on two sides"):
+        refuse_shared(twice, np.where(twice.index == len(passengers), "hold-out", "training"))
+
+
 def test_namesakes_are_two_people(passengers):
     assert len(set(people(passengers))) == len(passengers)
+    fareless = passengers.assign(fare=float("nan"))  # some ages are not known either
+    assert len(set(people(fareless))) == len(passengers)
 
 
 def test_the_splits_that_are_used_are_clean(passengers):

@@ -166,8 +166,11 @@ SAME_NAME = 0.90  # share of letters that two names have in common, in order
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     "Are two rows, of the same sex and class, about one person?"
-    ages = (one["age"], other["age"])
-    alike = abs(ages[0] - ages[1]) <= 1 if all(a == a for a in ages) else one["fare"] == other["fare"]
+    ages, fares = ((one[name], other[name]) for name in ("age", "fare"))
+    if all(a == a for a in ages):
+        alike = abs(ages[0] - ages[1]) <= 1
+    else:  # where no fare is known, only the name is left: it has to be the same to the letter
+        alike = fares[0] == fares[1] or (all(f != f for f in fares) and one["plain"] == other["plain"])
     if not alike:
         return False
     names = difflib.SequenceMatcher(None, one["plain"], other["plain"], autojunk=False)
