@@ -6,6 +6,7 @@
 __all__ = ['model_card', 'data_card']
 
 # %% ../../nbs/03_model/13_cards.ipynb #e14e2179
+import re
 from functools import cache
 from typing import Any
 
@@ -103,11 +104,25 @@ they were unequal; to use it as a rule would repeat it.
 """
 
 # %% ../../nbs/03_model/13_cards.ipynb #402a6916
+def _plain(value: Any) -> Any:
+    "A value as text inside Markdown: it opens no tag, no link, no column and no line. `Markup` is Markdown of ours."
+    from markupsafe import Markup
+
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return (
+        re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", " ".join(value.splitlines()))
+        .replace("|", r"\|")
+        .replace("](", r"]\(")
+    )
+
+
 @cache
 def _template(text: str) -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
+    made = Environment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_plain)
+    return made.from_string(text)
 
 # %% ../../nbs/03_model/13_cards.ipynb #7d2a90c4
 _FAIRNESS = """\
@@ -130,7 +145,9 @@ by sex or class of the champion's.
 
 def _fairness(gaps: list[Any]) -> str:  # Markdown
     "The section on fairness; nothing if the run did not measure it, or measured another model."
-    return _template(_FAIRNESS).render(gaps=gaps) if gaps else ""
+    from markupsafe import Markup
+
+    return Markup(_template(_FAIRNESS).render(gaps=gaps) if gaps else "")
 
 # %% ../../nbs/03_model/13_cards.ipynb #e15c6a3b
 def model_card(
