@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Barrier
 from typing import ClassVar
@@ -720,6 +721,9 @@ def test_an_answer_that_was_changed_is_found_and_its_link_named(answered):
     for name, other in {"probability": 0.5, "model_version": "1", "bundle_digest": "0" * 64}.items():
         assert "record" in broken_from(ours, "dean-1", said | {name: other})
     assert broken_from(ours, "dean-1", {"request_id": "dean-1"}) == ["response"]
+    forged = {"survives": not said["survives"], "threshold": 0.9, "caution": "promoted by ismay"}
+    for name, other in forged.items():
+        assert broken_from(ours, "dean-1", said | {name: other}) == ["answer"], name
     assert "record" in broken_from(ours, "nobody", said | {"request_id": "nobody"})
     assert broken_from(ours, "dean-3") == ["record"]  # of a shadow's answer nobody was told
     assert broken_from(ours, "dean-2") == ["answer"]
@@ -732,6 +736,23 @@ def test_an_answer_that_was_changed_is_found_and_its_link_named(answered):
         assert broken_from(ours, "dean-1", said) == ["data"]
     with changed(one(own.store, "steps/validate/*/outputs/rows.parquet")):
         assert "step validate" in broken_from(ours, "dean-1", said)
+
+
+def test_an_answer_that_has_lost_its_caution_is_found(tmp_path: Path):
+    "And one from before the override is not asked for any."
+    from titanic_mlops.flow.verify import _require_told
+    from titanic_mlops.ground.errors import StoreError
+
+    registry, version = registered(settings(store=tmp_path / "store", mlflow_uri=""), tmp_path / "weak")
+    entry = registry.promote(version, None, "", "we had nothing else", by="ismay", override=True)
+    bundle, then = registry.fetch(version), datetime.fromisoformat(entry.time)
+    said = {"probability": 0.5, "survives": True, "threshold": 0.5, "model_version": "1"}
+    marked = said | {"caution": entry.caution}
+    _require_told(marked, {"time": then}, version, bundle, registry)
+    _require_told(said, {"time": then - timedelta(seconds=2)}, version, bundle, registry)
+    for answer, time in ((said, then), (marked, then - timedelta(seconds=2))):
+        with pytest.raises(StoreError, match="caution is not what the ledger said"):
+            _require_told(answer, {"time": time}, version, bundle, registry)
 
 
 # --- back, and what stays

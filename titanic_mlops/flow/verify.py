@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -507,6 +508,30 @@ def _require_same_answer(record: Mapping[str, Any], bundle: "Bundle") -> str:  #
     return f"the recorded passenger comes to {again:.4f} again"
 
 
+def _require_told(
+    said: Mapping[str, Any],  # the answer
+    record: Mapping[str, Any] | None,
+    version: "Version",
+    bundle: "Bundle",
+    registry: "Registry",
+) -> None:
+    "Raise `StoreError` unless what an answer makes of its probability, and the caution it carries, are what they must be."
+    threshold = bundle.info.threshold
+    told = {"threshold": threshold, "survives": said["probability"] >= threshold}
+    changed = sorted(name for name in told if said.get(name, told[name]) != told[name])
+    _demand(not changed, f"{(changed or [''])[0]} is not what probability and bundle make it")
+    if record is None or str(said["model_version"]) != str(version.number):  # served from a folder
+        return
+    before = [entry for entry in registry.entries() if datetime.fromisoformat(entry.time) <= record["time"]]
+    own = [
+        entry for entry in before if (entry.to_version, entry.action != "rollback") == (version.number, True)
+    ]
+    _demand(
+        (said.get("caution") or "") in ({entry.caution for entry in own} or {""}),
+        "the caution is not what the ledger said of its version then",
+    )
+
+
 def _version_of(said: Mapping[str, Any], registry: "Registry") -> "Version":
     "The version that an answer names; one that was served from a folder goes by its digest."
     digest_, number = said["bundle_digest"], str(said["model_version"])
@@ -547,7 +572,7 @@ def verify_answer(
         seen(version.uri)
     if version is not None:
         with tempfile.TemporaryDirectory(prefix="titanic-") as scratch:
-            _walk_version(chain, version, record, registry, Path(scratch))
+            _walk_version(chain, version, record, said, registry, Path(scratch))
     return chain
 
 
@@ -555,6 +580,7 @@ def _walk_version(
     chain: Chain,
     version: "Version",
     record: Mapping[str, Any] | None,
+    said: Mapping[str, Any] | None,  # the answer
     registry: "Registry",
     scratch: Path,
 ) -> None:
@@ -564,9 +590,12 @@ def _walk_version(
         seen(f"{bundle.digest[:12]}" + (f", signed by {bundle.signed_by[:12]}" if bundle.signed_by else ""))
     if bundle is None:
         return
-    if record is not None:
+    if record or said:
         with chain.link("answer") as seen:
-            seen(_require_same_answer(record, bundle))
+            if said:
+                _require_told(said, record, version, bundle, registry)
+            if record:
+                seen(_require_same_answer(record, bundle))
     origin = None
     with chain.link("run") as seen:
         origin = _registered_by(version, bundle, registry, scratch)
