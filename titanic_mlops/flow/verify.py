@@ -508,6 +508,19 @@ def _require_same_answer(record: Mapping[str, Any], bundle: "Bundle") -> str:  #
     return f"the recorded passenger comes to {again:.4f} again"
 
 
+def _version_of(said: Mapping[str, Any], registry: "Registry") -> "Version":
+    "The version that an answer names; one that was served from a folder goes by its digest."
+    digest_, number = said["bundle_digest"], str(said["model_version"])
+    same = [version for version in registry.versions() if version.digest == digest_]
+    named = [version for version in same if str(version.number) == number]
+    _demand(same, f"no registered version is the bundle {str(digest_)[:12]}, which the answer names")
+    _demand(
+        named or not number.isdigit() or number == "0",
+        f"the bundle {str(digest_)[:12]} is version {same[0].number}, not {number}",
+    )
+    return (named or same)[0]
+
+# %% ../../nbs/04_flow/10_verify.ipynb #5d0e3a15
 def _require_told(
     said: Mapping[str, Any],  # the answer
     record: Mapping[str, Any] | None,
@@ -530,19 +543,6 @@ def _require_told(
         (said.get("caution") or "") in ({entry.caution for entry in own} or {""}),
         "the caution is not what the ledger said of its version then",
     )
-
-
-def _version_of(said: Mapping[str, Any], registry: "Registry") -> "Version":
-    "The version that an answer names; one that was served from a folder goes by its digest."
-    digest_, number = said["bundle_digest"], str(said["model_version"])
-    same = [version for version in registry.versions() if version.digest == digest_]
-    named = [version for version in same if str(version.number) == number]
-    _demand(same, f"no registered version is the bundle {str(digest_)[:12]}, which the answer names")
-    _demand(
-        named or not number.isdigit() or number == "0",
-        f"the bundle {str(digest_)[:12]} is version {same[0].number}, not {number}",
-    )
-    return (named or same)[0]
 
 # %% ../../nbs/04_flow/10_verify.ipynb #5d0e3a14
 def verify_answer(
