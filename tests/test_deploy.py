@@ -10,7 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from titanic_mlops.ground.settings import Settings
+from titanic_mlops.ground.errors import SettingsError
+from titanic_mlops.ground.settings import Settings, settings
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -88,6 +89,32 @@ def test_variables_are_settings(file: Path):
                 assert {name for name in names if name.startswith("TITANIC_")} <= known
                 mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
                 assert mounted == {volume["name"] for volume in template["spec"].get("volumes", [])}
+
+
+def test_a_service_called_titanic_is_no_unknown_setting(monkeypatch: pytest.MonkeyPatch):
+    "Kubernetes tells its pods where the Services are, in variables of the Services' names."
+    for service in ("TITANIC", "TITANIC_HEAD_SVC"):
+        for name, value in {
+            "SERVICE_HOST": "10.0.0.1",
+            "SERVICE_PORT": "80",
+            "SERVICE_PORT_HTTP": "80",
+            "PORT": "tcp://10.0.0.1:80",
+            "PORT_80_TCP": "tcp://10.0.0.1:80",
+            "PORT_80_TCP_PROTO": "tcp",
+            "PORT_80_TCP_PORT": "80",
+            "PORT_80_TCP_ADDR": "10.0.0.1",
+        }.items():
+            monkeypatch.setenv(f"{service}_{name}", value)
+    settings()
+    for file in (DEPLOY / "gke" / "deployment.yaml", DEPLOY / "ray" / "rayservice.yaml"):
+        for template in pods(documents(file)[0]):
+            assert template["spec"]["enableServiceLinks"] is False
+
+
+def test_a_port_of_ours_would_be_an_unknown_setting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TITANIC_PORT", "8080")
+    with pytest.raises(SettingsError, match="unknown setting TITANIC_PORT"):
+        settings()
 
 
 def test_selectors_find_the_pods():

@@ -1472,6 +1472,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'titanic_mlops/ground/settings.py'),
                                                'titanic_mlops.ground.settings._PredictionSettings': ( '01_ground/settings.html#_predictionsettings',
                                                                                                       'titanic_mlops/ground/settings.py'),
+                                               'titanic_mlops.ground.settings._is_service_link': ( '01_ground/settings.html#_is_service_link',
+                                                                                                   'titanic_mlops/ground/settings.py'),
                                                'titanic_mlops.ground.settings._unknown_variables': ( '01_ground/settings.html#_unknown_variables',
                                                                                                      'titanic_mlops/ground/settings.py'),
                                                'titanic_mlops.ground.settings.find_settings_file': ( '01_ground/settings.html#find_settings_file',

@@ -8,6 +8,7 @@ __all__ = ['SECTION', 'find_settings_file', 'Settings', 'settings', 'titanic_com
 # %% ../../nbs/01_ground/02_settings.ipynb #832b3ad4
 import configparser
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -273,10 +274,16 @@ class Settings(
         return {f"TITANIC_{k.upper()}": str(v) for k, v in self.model_dump().items()}
 
 # %% ../../nbs/01_ground/02_settings.ipynb #20b6b199
+def _is_service_link(name: str, value: str) -> bool:
+    "Whether Kubernetes told its pods where a Service called `titanic` or `titanic-something` is."
+    port = name.endswith("_PORT") and re.match("(tcp|udp|sctp)://", value)
+    return bool(port or re.search(r"_SERVICE_(HOST$|PORT(_|$))|_PORT_\d+_(TCP|UDP|SCTP)(_|$)", name))
+
+
 def _unknown_variables() -> None:
     known = {f"TITANIC_{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
-    for name in os.environ:
-        if name.startswith("TITANIC_") and name not in known:
+    for name, value in os.environ.items():
+        if name.startswith("TITANIC_") and name not in known and not _is_service_link(name, value):
             raise SettingsError(
                 f"unknown setting {name}", where="environment", do=nearest(name, sorted(known))
             )
