@@ -130,6 +130,47 @@ def test_selectors_find_the_pods():
         assert said.items() <= labels.items(), name
 
 
+RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_ray_runs_where_the_namespace_restricts_pods():
+    "Every container says so, the autoscaler's, which KubeRay adds, too; only the pod of that one has a token."
+    said = documents(DEPLOY / "ray" / "rayservice.yaml")[0]
+    cluster = said["spec"]["rayClusterConfig"]
+    assert cluster["autoscalerOptions"]["securityContext"] == RESTRICTED
+    head, *workers = pods(said)
+    assert head["spec"]["automountServiceAccountToken"] is True
+    for pod in (head, *workers):
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert all(container["securityContext"] == RESTRICTED for container in pod["spec"]["containers"])
+    assert workers and not any(pod["spec"]["automountServiceAccountToken"] for pod in workers)
+
+
+def test_ray_is_asked_for_its_health_without_wget():
+    "KubeRay adds a probe of its own where there is none, and that one calls wget, which the image lacks."
+    for pod in pods(documents(DEPLOY / "ray" / "rayservice.yaml")[0]):
+        container = pod["spec"]["containers"][0]
+        for name in ("livenessProbe", "readinessProbe"):
+            assert set(container[name]) > {"httpGet", "periodSeconds"}
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert "/opt/titanic/bin:$PATH' > /etc/profile.d/" in text  # KubeRay starts `ray` in a login shell
+
+
+def test_ray_pods_reach_one_another_and_no_other_policy_holds_them():
+    labels = pods(documents(DEPLOY / "ray" / "rayservice.yaml")[0])[0]["metadata"]["labels"]
+    own = documents(DEPLOY / "ray" / "network-policy.yaml")[0]["spec"]
+    other = documents(DEPLOY / "gke" / "network-policy.yaml")[0]["spec"]
+    assert own["podSelector"]["matchLabels"].items() <= labels.items()
+    assert not other["podSelector"]["matchLabels"].items() <= labels.items()
+    for way, peers in (("ingress", "from"), ("egress", "to")):
+        assert {peers: [{"podSelector": own["podSelector"]}]} in own[way]
+    assert {"ports": [{"port": 8000}]} in own["ingress"]
+    operator = [rule for rule in own["ingress"] if "kuberay-operator" in str(rule)]
+    assert [{port["port"] for port in rule["ports"]} for rule in operator] == [{8265, 52365}]
+    assert all(rule in own["egress"] for rule in other["egress"])
+
+
 def test_no_secret_and_no_own_address_is_written_down():
     for file in DEPLOY.rglob("*"):
         if file.is_file():
