@@ -91,6 +91,26 @@ def test_variables_are_settings(file: Path):
                 assert mounted == {volume["name"] for volume in template["spec"].get("volumes", [])}
 
 
+MEGABYTES = {"Mi": 1, "Gi": 1024}
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in MANIFESTS if pods(documents(file)[0])], ids=lambda file: file.stem
+)
+def test_the_record_of_predictions_fits_where_it_is_kept(file: Path):
+    "Also with segments that are being written and made into Parquet, by two replicas on one pod."
+    for template in pods(documents(file)[0]):
+        container = template["spec"]["containers"][0]
+        said = {entry["name"].lower(): entry["value"] for entry in container["env"]}
+        own = Settings.model_fields["predictions_rotate_mb"].default
+        rotated = int(said.get("titanic_predictions_rotate_mb", own))
+        kept = int(said["titanic_predictions_keep_mb"]) + 4 * rotated
+        disks = {v["name"]: v["emptyDir"] for v in template["spec"]["volumes"] if "emptyDir" in v}
+        size = disks["store"]["sizeLimit"] if disks else container["resources"]["limits"]["memory"]
+        assert kept <= int(size[:-2]) * MEGABYTES[size[-2:]] / (1 if disks else 4)
+        assert int(said["titanic_predictions_keep_days"]) > 0
+
+
 def test_a_service_called_titanic_is_no_unknown_setting(monkeypatch: pytest.MonkeyPatch):
     "Kubernetes tells its pods where the Services are, in variables of the Services' names."
     for service in ("TITANIC", "TITANIC_HEAD_SVC"):

@@ -427,12 +427,39 @@ def test_what_was_kept_for_long_enough_is_removed(tmp_path: Path):
     assert read_log(tmp_path).table()["request_id"].to_pylist() == [f"r{i}" for i in range(20, 30)]
 
 
-def test_the_log_removes_by_itself_what_its_settings_say(tmp_path: Path):
+def test_what_a_small_disk_can_not_hold_is_removed_the_oldest_first(tmp_path: Path):
+    place = tmp_path / ANSWERS
+    old = []
+    for part, day in enumerate(("2020-01-31", "2020-02-01")):
+        with opened(tmp_path) as (log, _):
+            fill(log, part * 10, part * 10 + 10)
+        tidy(tmp_path)
+        old.append(move_back(place, day))
+        with old[-1].open("ab") as file:
+            file.truncate(700 << 10)
+    with opened(tmp_path) as (log, _):
+        fill(log, 20, 30)
+        assert log.flush()
+        tidy(tmp_path, keep_mb=2)
+        assert all(path.exists() for path in old)
+        tidy(tmp_path, keep_mb=1)
+        assert not old[0].parent.exists() and old[1].exists()
+        (live,) = (place / "_live").glob("*.open")
+        with live.open("ab") as file:  # alone, it is above the bound
+            file.truncate(2 << 20)
+        tidy(tmp_path, keep_mb=1)
+        assert live.exists() and not old[1].exists()
+
+
+@pytest.mark.parametrize("bound", [{"keep_days": 30}, {"keep_mb": 1}])
+def test_the_log_removes_by_itself_what_its_settings_say(tmp_path: Path, bound: dict[str, int]):
     with opened(tmp_path) as (log, _):
         fill(log, 0, 10)
     tidy(tmp_path)
     old = move_back(tmp_path / ANSWERS, "2020-01-31")
-    with opened(tmp_path, tidies=True, keep_days=30):
+    with old.open("ab") as file:
+        file.truncate(2 << 20)
+    with opened(tmp_path, tidies=True, **bound):
         deadline = time.monotonic() + 60
         while old.exists() and time.monotonic() < deadline:
             time.sleep(0.1)

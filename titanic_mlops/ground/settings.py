@@ -117,6 +117,9 @@ class _PredictionSettings(BaseSettings):
     predictions_keep_days: Annotated[
         int, Field(ge=0, le=36_500, description="days after which the log's files are removed; 0: never")
     ] = 0
+    predictions_keep_mb: Annotated[
+        int, Field(ge=0, description="megabytes of log above which its oldest files are removed; 0: never")
+    ] = 0
 
 # %% ../../nbs/01_ground/02_settings.ipynb #5ec5e771
 class _GuardSettings(BaseSettings):

@@ -351,7 +351,7 @@ class OutcomeLog:
                 self._lock.release()
 
 # %% ../../nbs/05_serve/04_predictions.ipynb #b1526053
-_TIDY = "import os, sys; os.nice(10); from titanic_mlops.serve.record import tidy; tidy(sys.argv[1], int(sys.argv[2]))"
+_TIDY = "import os, sys; os.nice(10); from titanic_mlops.serve.record import tidy; tidy(sys.argv[1], *map(int, sys.argv[2:]))"
 
 
 class _Tidier:
@@ -362,8 +362,9 @@ class _Tidier:
         folder: Path,
         say: Say,
         keep_days: int = 0,  # days after which files are removed; 0: never
+        keep_mb: int = 0,  # megabytes above which the oldest are removed; 0: never
     ):
-        self.folder, self._say, self._keep_days = folder, say, keep_days
+        self.folder, self._say, self._keep = folder, say, (keep_days, keep_mb)
         self._removed = float("-inf")  # when we last looked for what is old enough
         self._process: subprocess.Popen[bytes] | None = None
         self._looked = time.monotonic() - 8  # the first look is soon, and not during the start
@@ -377,10 +378,10 @@ class _Tidier:
         now = time.monotonic()
         if self._process is None and now - self._looked >= 10:
             self._looked = now
-            old = self._keep_days > 0 and now - self._removed >= 3600
+            old = any(self._keep) and now - self._removed >= 3600
             if old or any(self.folder.glob("*/_live/*.closed")):
                 self._removed = now
-                command = [sys.executable, "-c", _TIDY, str(self.folder), str(self._keep_days)]
+                command = [sys.executable, "-c", _TIDY, str(self.folder), *map(str, self._keep)]
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     def end(self) -> None:
@@ -531,6 +532,7 @@ class PredictionLog(_Living):
         rotate_bytes: int = 64 << 20,
         rotate_seconds: float = 3600,
         keep_days: int = 0,  # days after which files are removed; 0: never
+        keep_mb: int = 0,  # megabytes above which the oldest are removed; 0: never
         tidies: bool = True,  # makes Parquet of closed segments, in a process of its own
         say: Say = say_to_stderr,
     ):
@@ -539,7 +541,7 @@ class PredictionLog(_Living):
         writer = SegmentWriter(folder / ANSWERS, encoder.about, rotate_bytes, rotate_seconds)
         pipe = _Pipe(encoder, writer, sync_seconds, say)
         super().__init__(share, queue, when_full, pipe, folder)
-        self._tidier = _Tidier(folder, say, keep_days) if tidies else None
+        self._tidier = _Tidier(folder, say, keep_days, keep_mb) if tidies else None
         self.outcomes = OutcomeLog(folder, rotate_bytes, rotate_seconds)
         self._adopt()
         self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
@@ -587,6 +589,7 @@ def open_prediction_log(
         rotate_bytes=settings.predictions_rotate_mb << 20,
         rotate_seconds=settings.predictions_rotate_seconds,
         keep_days=settings.predictions_keep_days,
+        keep_mb=settings.predictions_keep_mb,
         say=say,
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,23 +216,43 @@ def _tidy_stream(folder: Path, stream: str) -> Tally:
     return done
 
 
-def _remove_before(folder: Path, when: datetime) -> None:
-    "Remove the files of a stream that were begun before a day: one by one, so that each is there or gone."
-    emptied = set()
-    for path in (*folder.glob("date=*/[!.]*.parquet"), *folder.glob("_damaged/*")):
-        with contextlib.suppress(ValueError):  # somebody else's file
-            if SegmentName.of(path.stem).date < f"{when:%Y-%m-%d}":
-                path.unlink()
-                emptied.add(path.parent)
-    for place in emptied:
+def _finished(folder: Path) -> Iterator[tuple[str, Path]]:
+    "The files of the log that nobody writes any more, with the day on which each was begun."
+    for pattern in ("*/date=*/[!.]*.parquet", "*/_damaged/*"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(ValueError):  # somebody else's file
+                yield SegmentName.of(path.stem).date, path
+
+
+_NOW = "9"  # the day of what is being written: after all others
+
+
+def _above(folder: Path, most: int) -> list[Path]:
+    "The oldest files that the log has above a size in bytes; what is being written counts, and stays."
+    sized = []
+    for day, path in (*_finished(folder), *((_NOW, path) for path in folder.glob("*/_live/*"))):
+        with contextlib.suppress(FileNotFoundError):  # another process is at it
+            stat = path.stat()
+            sized.append((day, stat.st_mtime, stat.st_size, path))
+    sized.sort(reverse=True)  # the newest first
+    sizes = accumulate(size for _, _, size, _ in sized)
+    above = [(day, path) for total, (day, _, _, path) in zip(sizes, sized, strict=True) if total > most]
+    return [path for day, path in above if day != _NOW]
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    "One by one, so that each is there or gone."
+    for path in paths:
+        path.unlink(missing_ok=True)  # another process may be at it
+    for place in {path.parent for path in paths if path.parent.name != "_damaged"}:
         with contextlib.suppress(OSError):  # others of that day stay
-            if place.name != "_damaged":
-                place.rmdir()
+            place.rmdir()
 
 
 def tidy(
     folder: Path,  # of the prediction log
     keep_days: int = 0,  # days after which files are removed; 0: never
+    keep_mb: int = 0,  # megabytes above which the oldest are removed; 0: never
 ) -> Tally:  # what was read on the way; empty: nothing was to do, or another process is at it
     "Make Parquet of all closed segments, and remove what has been kept for long enough."
     folder, done = Path(folder), Tally()
@@ -247,8 +268,11 @@ def tidy(
             for left in place.glob("date=*/.*.parquet"):  # of a process that was killed
                 left.unlink()
             done.add(_tidy_stream(place, stream))
-            if keep_days:
-                _remove_before(place, datetime.now(UTC) - timedelta(days=keep_days))
+    if keep_days:
+        first = f"{datetime.now(UTC) - timedelta(days=keep_days):%Y-%m-%d}"
+        _remove([path for day, path in _finished(folder) if day < first])
+    if keep_mb:
+        _remove(_above(folder, keep_mb << 20))
     return done
 
 # %% ../../nbs/05_serve/17_record.ipynb #b0b4aa60
