@@ -613,6 +613,29 @@ def test_no_authentication_only_for_this_machines_pages(host: bytes, origin: byt
             OpenGuard("127.0.0.1").check(headers, "predict", "127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    ("client", "answered"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("10.4.0.7", False),
+        ("::ffff:10.4.0.7", False),
+        ("2001:db8::1", False),
+        ("", False),  # gone before anybody could see who it was
+    ],
+)
+def test_no_authentication_only_for_this_machines_clients(client: str, answered: bool):
+    "Whatever `Host` they write: on Ray the socket listens on all addresses."
+    guard = OpenGuard("127.0.0.1")
+    if answered:
+        assert guard.check([(b"host", b"localhost")], "admin", client).id == "anyone"
+    else:
+        with pytest.raises(Problem) as refused:
+            guard.check([(b"host", b"localhost")], "admin", client)
+        assert refused.value.status_code == 403
+
+
 # --- what a stranger may try
 
 

@@ -27,7 +27,7 @@ class Arguments(BaseModel):
 
     bundle: str = ""  # folder, instead of the registry
     alias: str = "champion"  # in the registry
-    no_auth: bool = False  # answer who asks for a loopback name; for trials on one machine
+    no_auth: bool = False  # answer clients of a loopback address; for trials on one machine
     every: float = 0.5  # seconds between two looks at the registry
 
 # %% ../../nbs/05_serve/13_ray_app.ipynb #93e8f388
@@ -47,11 +47,12 @@ class Server:
     def __serve_build_asgi_app__(self) -> Any:
         "Called by Ray Serve in the replica; what it returns answers the requests."
         from titanic_mlops.serve.app import open_app
-        from titanic_mlops.serve.security import OpenGuard, open_guard
+        from titanic_mlops.serve.security import OpenGuard, RateLimit, open_guard
         from titanic_mlops.serve.server import say
 
-        guard = OpenGuard("127.0.0.1") if self.arguments.no_auth else open_guard(self.own)
-        app, self.close = open_app(self.models, self.own, guard, say)
+        own = self.own
+        near = OpenGuard("127.0.0.1", RateLimit(own.rate_limit, own.rate_burst))
+        app, self.close = open_app(self.models, own, near if self.arguments.no_auth else open_guard(own), say)
         return app
 
     def check_health(self) -> None:

@@ -258,9 +258,10 @@ def public_keys(
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def _get_json(address: str) -> Any:
@@ -652,7 +653,9 @@ class OpenGuard:
         self._anyone = Principal("anyone", "anyone", frozenset(SCOPES))
 
     def check(self, headers: Headers, scope: str, client: str) -> Principal:
-        "Anyone. Raises `Problem` 403 for a request that was meant for another name, 429 for too many."
+        "Anyone here. Raises `Problem` 403 for a request from elsewhere, or meant for another name, 429 for too many."
+        if not _is_loopback(client):
+            raise Problem("forbidden", "without authentication, only this machine's own clients are answered")
         for name, value in headers.items() if isinstance(headers, Mapping) else headers:
             if name == b"host" or name == b"origin":
                 host = value.rpartition(b"//")[2]
