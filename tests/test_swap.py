@@ -565,6 +565,36 @@ def test_a_server_that_starts_while_the_registry_is_away_serves_what_served_last
         open_models({"champion": origin}, tmp_path / "third", trusted=[], memory=memory)
 
 
+def test_a_replica_on_ray_follows_says_so_and_never_goes_back_alone(
+    tmp_path: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    from titanic_mlops.serve.ray_app import Arguments
+    from titanic_mlops.serve.ray_app import Server as Replica
+
+    registry = Registry(bundles["low"])
+    monkeypatch.setenv("TITANIC_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("TITANIC_MLFLOW_URI", registry.url)
+    try:
+        replica = Replica(Arguments(every=0.05, no_auth=True))
+        registry.model = bundles["high"]
+        end = time.monotonic() + 20
+        while replica.models.champion.version != "high" and time.monotonic() < end:
+            time.sleep(0.05)
+        assert replica.models.previous.version == "low"
+        with pytest.raises(RegistryError, match="titanic rollback"):
+            replica.models.rollback()
+        assert replica.models.champion.version == "high"
+        assert capfd.readouterr().err.count("model swapped") == 2
+        registry.close()
+        later = Replica(Arguments(no_auth=True))  # on this node, while the registry is away
+        assert later.models.champion.version == "high"
+        for one in (replica, later):
+            one.models.close()
+    finally:
+        with contextlib.suppress(OSError):
+            registry.close()
+
+
 def test_what_served_long_ago_or_was_refused_is_not_kept(tmp_path: Path, bundles: dict[str, Path]):
     models = Models()
     deliver = lambda kind, offer, folder: models.install(admit(folder, offer, kind, []))

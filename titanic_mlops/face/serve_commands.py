@@ -116,7 +116,7 @@ def serve(
     _require_server()
     own = settings()
     origins = origins_of(own, bundle, alias, shadow, canary)
-    from titanic_mlops.serve.origins import RegistryOrigin
+    from titanic_mlops.serve.models import memory_of
     from titanic_mlops.serve.server import Plan, own_folder, share_metrics
     from titanic_mlops.serve.server import serve as run
 
@@ -125,8 +125,7 @@ def serve(
         stop = typer.style("(Ctrl-C to stop)", dim=True)
         typer.echo(f"serving {own.mlflow_model} version {version} at http://{name}:{number}  {stop}")
 
-    far = isinstance(origins["champion"], RegistryOrigin)
-    memory = own.store / "serving" / f"last-{own.mlflow_model}-{alias}" if far else None
+    memory = memory_of(origins["champion"], own.store)
     trusted, head = tuple(own.trusted), own.serve_seconds
     plan = Plan(origins, host, port, workers, share, every, linger, grace, trusted, memory, head)
     with own_folder(own.store) as into:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIED_ON', 'ROOM', 'Say', 'SLOWEST', 'Deliver', 'Served', 'try_out', 'short_turns', 'admit', 'Bounds', 'surely_above',
            'Trial', 'lot', 'Canary', 'say_nothing', 'Aside', 'Slots', 'Lead', 'Models', 'state_of', 'measure', 'Shelf',
-           'Offered', 'Watch', 'Follow', 'Alone', 'watches_of', 'open_models', 'model_router']
+           'memory_of', 'Offered', 'Watch', 'Follow', 'Alone', 'watches_of', 'open_models', 'model_router']
 
 # %% ../../nbs/05_serve/06_models.ipynb #dc77dd40
 import contextlib
@@ -27,7 +27,7 @@ from ..ground.errors import BundleError, ContractError, RegistryError, TitanicEr
 from ..ground.store import folder_atomic
 from ..model.bundle import Bundle
 from .fastpath import FastModel
-from .origins import Offer, Origin, bring
+from .origins import Offer, Origin, RegistryOrigin, bring
 
 # %% ../../nbs/05_serve/06_models.ipynb #5f784bf1
 @dataclass(frozen=True, slots=True)
@@ -520,6 +520,16 @@ class Shelf:
             return offer, bring(lambda name: (bundle / name).read_bytes(), self.folder, str(self._memory))
         except (OSError, ValueError, TypeError, TitanicError):
             return None
+
+
+def memory_of(
+    origin: Origin,  # of the champion
+    store: Path,
+) -> Path | None:  # None: the origin is no farther than the memory
+    "Where the champion outlives the process, so that one can start while the registry is away."
+    if not isinstance(origin, RegistryOrigin):
+        return None
+    return store / "serving" / f"last-{origin.model}-{origin.alias}"
 
 # %% ../../nbs/05_serve/06_models.ipynb #942237a7
 SLOWEST = 30.0  # seconds between two looks at an origin that gives no answer

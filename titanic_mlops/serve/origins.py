@@ -502,7 +502,13 @@ def origin_of(
     settings: Settings,
     patience: float = PATIENCE,  # seconds that one request may take
 ) -> Origin:
-    "The origin that a folder or an alias means."
+    "The origin that a folder or an alias means. Raises `SettingsError` for an address."
+    if "://" in said:
+        raise SettingsError(
+            f"{said!r} is neither a folder nor an alias",
+            rule="a bundle is served from a folder, or by the registry, whose files may lie anywhere",
+            do="copy the bundle into a folder, or name an alias of the registry",
+        )
     if os.sep in said or Path(said).is_dir():
         return FolderOrigin(Path(said).absolute())
     if settings.mlflow_uri.startswith(("http://", "https://")):

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..ground.errors import BundleError
+from ..ground.errors import BundleError, RegistryError
 from ..ground.settings import settings
+from .models import Alone, memory_of, open_models
+from .origins import origin_of
+from .server import say
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -28,27 +31,36 @@ class Arguments(BaseModel):
     bundle: str = ""  # folder, instead of the registry
     alias: str = "champion"  # in the registry
     no_auth: bool = False  # answer clients of a loopback address; for trials on one machine
-    every: float = 0.5  # seconds between two looks at the registry
+    every: float | None = None  # seconds between two looks at the registry; None: as many as it likes
 
 # %% ../../nbs/05_serve/13_ray_app.ipynb #93e8f388
+class _Replica(Alone):
+    "Follows the registry like all others, and does nothing on its own."
+
+    def take_back(self) -> None:
+        raise RegistryError(
+            "one replica can't go back while the others go on",
+            rule="on Ray all replicas follow the registry, or the bundle's folder",
+            do="titanic rollback; with a folder, put the bundle before into it",
+        )
+
+
 class Server:
     "One replica: the app, and what it holds open."
 
     def __init__(self, arguments: Arguments):
-        from titanic_mlops.serve.models import open_models
-        from titanic_mlops.serve.origins import origin_of
-
         own = settings()
         self.own, self.arguments = own, arguments
         self.folder = Path(tempfile.mkdtemp(prefix="titanic-replica-"))
-        origins = {"champion": origin_of(arguments.bundle or arguments.alias, own)}
-        self.models = open_models(origins, self.folder, own.trusted, arguments.every)
+        origin = origin_of(arguments.bundle or arguments.alias, own)
+        memory, every = memory_of(origin, own.store), arguments.every
+        self.models = open_models({"champion": origin}, self.folder, own.trusted, every, memory, say=say)
+        self.models.lead = _Replica(self.models, self.models.lead.follow)
 
     def __serve_build_asgi_app__(self) -> Any:
         "Called by Ray Serve in the replica; what it returns answers the requests."
         from titanic_mlops.serve.app import open_app
         from titanic_mlops.serve.security import OpenGuard, RateLimit, open_guard
-        from titanic_mlops.serve.server import say
 
         own = self.own
         near = OpenGuard("127.0.0.1", RateLimit(own.rate_limit, own.rate_burst))
