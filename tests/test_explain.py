@@ -1,6 +1,7 @@
 """Explanations: what a notebook can't show. Any passenger, any model; what is asked wrongly; who may ask."""
 
 import json
+import threading
 from itertools import permutations
 from pathlib import Path
 
@@ -255,6 +256,75 @@ def test_what_is_asked_wrongly_gets_a_problem_that_names_field_and_rule(client, 
         assert answer.json()["status"] == answer.status_code
     assert client.post(path, content=b"x=1", headers={"content-type": "text/plain"}).status_code == 415
     assert client.get(path).status_code == 405
+
+
+def test_who_has_gone_is_not_worked_for_and_nobody_waits_for_long(
+    bundles: dict, monkeypatch: pytest.MonkeyPatch
+):
+    "A hundred ask at once. One is worked for, fifty may wait, and of those only two are still there afterwards."
+    import anyio
+    from explained import app_of
+
+    from titanic_mlops.serve.explain import _Ready
+
+    explain, worked, answers, patient = _Ready.explain, [], [], {0, 7, 50}
+    all_are_here, app = threading.Event(), app_of(bundles["logistic"])
+
+    def slowly(self, passenger):
+        worked.append(passenger["age"])
+        assert all_are_here.wait(30)
+        return explain(self, passenger)
+
+    async def ask(number: int) -> None:
+        body = json.dumps(SOMEONE | {"age": number}).encode()
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict:
+            if not messages and number in patient:
+                await anyio.sleep_forever()
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                answers.append((number, message["status"], dict(message["headers"]).get(b"retry-after")))
+                if len(answers) == 49:
+                    all_are_here.set()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/explain", "headers": headers}
+        await app(scope | {"query_string": b"", "root_path": ""}, receive, send)
+
+    async def crowd() -> None:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                for number in range(100):
+                    group.start_soon(ask, number)
+
+    monkeypatch.setattr(_Ready, "explain", slowly)
+    anyio.run(crowd)
+    assert sorted(worked) == [0, 7, 50]
+    assert sorted(answers) == [(n, 200, None) for n in (0, 7, 50)] + [(n, 503, b"2") for n in range(51, 100)]
+
+
+def test_a_client_that_waits_longer_than_a_body_may_take_is_no_slow_sender():
+    "All of its body has come: there is nothing to be late with."
+    import anyio
+
+    from titanic_mlops.serve.http import Body
+
+    async def wait() -> None:
+        messages = [{"type": "http.request", "body": b"{}"}]
+
+        async def receive() -> dict:
+            if not messages:
+                await anyio.sleep(0.2)
+            return messages.pop() if messages else {"type": "http.request"}
+
+        body = Body(receive, 100, 0.01)
+        assert await body.whole() == b"{}"
+        await body()
+
+    anyio.run(wait)
 
 
 def test_without_a_background_the_model_predicts_and_says_why_it_does_not_explain(tmp_path: Path):

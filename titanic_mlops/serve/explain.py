@@ -27,7 +27,7 @@ from ..data.features import features, title
 from ..data.targets import REQUEST_ROLES, json_schema, request_model
 from ..ground.errors import BundleError
 from ..model.background import Background
-from .http import Problem, State, strict_json
+from .http import Disconnected, Problem, State, strict_json
 from .predict import refusal, require_type
 
 # %% ../../nbs/05_serve/05_explain.ipynb #eb6a0e04
@@ -524,24 +524,40 @@ _KEY = Annotated[
 ]
 
 # %% ../../nbs/05_serve/05_explain.ipynb #56ae3e2c
-def explain_router(state: State) -> fastapi.APIRouter:
-    "`/v1/explain`, `/v1/similar` and `/v1/passengers`."
-    router, explainers = fastapi.APIRouter(tags=["explain"]), Explainers(state.models)
-    one = anyio.CapacityLimiter(1)  # explanations wait for one another, never predictions for them
+class _Queue:
+    "Explanations wait for one another, never predictions for them."
 
-    async def answer(key: str | None, work: Any) -> Response:
+    LONGEST = 50  # who may wait; together a second or so
+
+    def __init__(self, models: Any):
+        self._explainers, self._one = Explainers(models), anyio.Lock()
+
+    async def answer(self, request: fastapi.Request, key: str | None, work: Any) -> Response:
+        "What `work` says of the model that answers. Raises `Problem` if too many wait, `Disconnected` if the client has gone."
+
         def whole() -> Response:
-            ready = explainers.of(key)
+            ready = self._explainers.of(key)
             headers = {name.decode(): value.decode() for name, value in ready.served.headers}
             return Response(work(ready).model_dump_json(), media_type="application/json", headers=headers)
 
-        return await anyio.to_thread.run_sync(whole, limiter=one)
+        if self._one.statistics().tasks_waiting >= self.LONGEST:
+            said = f"{self.LONGEST} explanations are waiting already"
+            raise Problem("not-ready", said, headers={"Retry-After": "2"})
+        async with self._one:
+            if await request.is_disconnected():
+                raise Disconnected
+            return await anyio.to_thread.run_sync(whole)
+
+
+def explain_router(state: State) -> fastapi.APIRouter:
+    "`/v1/explain`, `/v1/similar` and `/v1/passengers`."
+    router, queue = fastapi.APIRouter(tags=["explain"]), _Queue(state.models)
 
     @router.post("/v1/explain", response_model=ExplanationSaid, openapi_extra=_BODY)
     async def explain(request: fastapi.Request, key: _KEY = None) -> Response:
         "What pushed the probability of one passenger up and down, and how far to trust it."
         passenger = _taken(await request.body(), request.headers, state.limits.depth)
-        return await answer(key, lambda ready: ready.explain(passenger))
+        return await queue.answer(request, key, lambda ready: ready.explain(passenger))
 
     @router.post("/v1/similar", response_model=CompanySaid, openapi_extra=_BODY)
     async def similar(
@@ -551,14 +567,15 @@ def explain_router(state: State) -> fastapi.APIRouter:
     ) -> Response:
         "The training passengers who are most like one, and what became of them."
         passenger = _taken(await request.body(), request.headers, state.limits.depth)
-        return await answer(key, lambda ready: ready.similar(passenger, count))
+        return await queue.answer(request, key, lambda ready: ready.similar(passenger, count))
 
     @router.get("/v1/passengers", response_model=FoundSaid)
     async def passengers(
+        request: fastapi.Request,
         search: Annotated[str, fastapi.Query(max_length=80, description="words of the name")] = "",
         limit: Annotated[int, fastapi.Query(ge=1, le=MOST_PASSENGERS)] = 10,
     ) -> Response:
         "Training passengers by name."
-        return await answer(None, lambda ready: ready.find(search, limit))
+        return await queue.answer(request, None, lambda ready: ready.find(search, limit))
 
     return router

@@ -216,10 +216,10 @@ def too_large(limit: int) -> Problem:
     return Problem("too-large", f"a body has at most {limit} bytes", headers={"connection": "close"})
 
 
-async def _in_time(receive: Receive, left: float, grace: float) -> dict[str, Any]:
-    "A message of a body, if it comes within the seconds that are left. Raises `Problem`."
+async def _in_time(receive: Receive, left: float | None, grace: float) -> dict[str, Any]:
+    "A message of a body, if it comes within the seconds that are left; None: whenever. Raises `Problem`."
     try:
-        async with asyncio.timeout(max(left, 0)):
+        async with asyncio.timeout(None if left is None else max(left, 0)):
             message = await receive()
     except TimeoutError:
         said = f"the body had not come after {grace:g} s, nor at {SLOWEST} bytes a second from then on"
@@ -275,7 +275,8 @@ class Body:
             await asyncio.sleep(0)  # a few bytes can unpack to a thousand times as many
             return self._piece(b"")
         left = self._start + self._seconds + self._received / SLOWEST - time.monotonic()
-        message = await _in_time(self._receive, left, self._seconds)
+        # when all has come, what is left to hear is that the client goes
+        message = await _in_time(self._receive, left if self._coming else None, self._seconds)
         body = message.get("body", b"")
         self._received += len(body)
         self._coming = message.get("more_body", False)
