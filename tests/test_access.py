@@ -316,3 +316,10 @@ def test_traces_without_opentelemetry(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(SettingsError, match=r"titanic-mlops\[tracing\]"):
         open_access(Settings(trace_endpoint="http://127.0.0.1:9"))
+
+
+def test_an_access_log_that_can_not_be_opened_is_said(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for place in ("/proc/nowhere/log", str(tmp_path / "file" / "log"), str(tmp_path)):
+        with pytest.raises(SettingsError, match="TITANIC_ACCESS_LOG"):
+            open_access(Settings(access_log=place))

@@ -244,3 +244,65 @@ def test_too_many_bad_rows_stop_the_run_and_are_kept(foreign: Checkout, tmp_path
     mendable(done, "200 of 1309 rows", "age", "-3", "5.0%", "max_quarantined", "failed/validate")
     [kept] = (foreign.store / "failed" / "validate").rglob("quarantine.csv")
     assert len(kept.read_text().splitlines()) == 201
+
+
+# --- what is not there
+
+
+WITHOUT = (
+    "import sys; sys.modules[sys.argv[1]] = None; from titanic_mlops.face.cli import main; main(sys.argv[2:])"
+)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "command"),
+    [
+        ("ray", "ray", ["score", "in.csv", "out.csv", "--engine", "ray"]),
+        ("mlflow", "pipeline", ["history"]),
+    ],
+)
+def test_a_package_that_is_not_installed_is_no_defect(
+    tmp_path: Path, package: str, extra: str, command: list[str]
+):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, *command],
+        cwd=tmp_path,
+        env=os.environ | {"TITANIC_STORE": str(tmp_path / "store")},
+        capture_output=True,
+        text=True,
+    )
+    mendable(done, "not installed", f"titanic-mlops[{extra}]")
+
+
+def test_which_extra_brings_a_package():
+    from titanic_mlops.face.cli import _not_installed
+
+    wrapped = ImportError("Install s3fs to access S3")  # as fsspec says it
+    wrapped.__cause__ = ModuleNotFoundError("No module named 's3fs'", name="s3fs")
+    assert "titanic-mlops[s3]" in _not_installed(wrapped).do
+    for name, extra in (("opentelemetry.sdk", "tracing"), ("onnxruntime", "serve"), ("pandas", "pipeline")):
+        assert f"titanic-mlops[{extra}]" in _not_installed(ModuleNotFoundError("", name=name)).do
+    assert _not_installed(ModuleNotFoundError("", name="titanic_mlops.nothing")) is None
+    assert _not_installed(ImportError("cannot import name")) is None
+
+
+def test_a_bucket_that_can_not_be_used_is_no_defect():
+    from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+    from google.auth.exceptions import DefaultCredentialsError
+
+    from titanic_mlops.ground.errors import explain
+
+    for error, wanted in (
+        (NoCredentialsError(), "AWS_ACCESS_KEY_ID"),
+        (EndpointConnectionError(endpoint_url="http://127.0.0.1:1"), "AWS_ENDPOINT_URL"),
+        (DefaultCredentialsError("no credentials"), "gcloud auth"),
+    ):
+        known = explain(error)
+        assert known is not None and known.exit_code == 2 and wanted in known.do, error
+
+
+def test_a_file_where_the_store_should_be(fresh: Checkout, tmp_path: Path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "store"):
+        done = fresh.titanic("keys", "new", "--name", "me", "--scope", "predict", TITANIC_STORE=str(place))
+        mendable(done, "TITANIC_STORE")

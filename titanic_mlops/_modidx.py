@@ -423,6 +423,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'titanic_mlops.face.cli._Board.__rich__': ( '07_face/cli.html#_board.__rich__',
                                                                                     'titanic_mlops/face/cli.py'),
                                         'titanic_mlops.face.cli._fail': ('07_face/cli.html#_fail', 'titanic_mlops/face/cli.py'),
+                                        'titanic_mlops.face.cli._not_installed': ( '07_face/cli.html#_not_installed',
+                                                                                   'titanic_mlops/face/cli.py'),
                                         'titanic_mlops.face.cli._options': ('07_face/cli.html#_options', 'titanic_mlops/face/cli.py'),
                                         'titanic_mlops.face.cli._painted': ('07_face/cli.html#_painted', 'titanic_mlops/face/cli.py'),
                                         'titanic_mlops.face.cli._place': ('07_face/cli.html#_place', 'titanic_mlops/face/cli.py'),

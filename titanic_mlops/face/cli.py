@@ -183,11 +183,32 @@ def _show_summary(summary: "Summary", own: Settings) -> None:
     )
 
 # %% ../../nbs/07_face/01_cli.ipynb #d156bdd0
+_EXTRAS = {"ray": "ray", "s3fs": "s3", "gcsfs": "gcp", "opentelemetry": "tracing"}
+_EXTRAS |= dict.fromkeys(
+    ("anyio", "cryptography", "fastapi", "httptools", "jwt", "multipart", "numpy", "onnxruntime"), "serve"
+)
+_EXTRAS |= dict.fromkeys(
+    ("prometheus_client", "pyarrow", "python_multipart", "starlette", "uvicorn"), "serve"
+)
+
+
+def _not_installed(error: BaseException) -> SettingsError | None:
+    "A package that is missing: not everybody installs all of them."
+    for cause in (error, error.__cause__):
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            package = cause.name.split(".")[0]
+            if package != "titanic_mlops":
+                extra = _EXTRAS.get(package, "pipeline")
+                do = f"pip install 'titanic-mlops[{extra}]' (in a virtual environment)"
+                return SettingsError(f"{package} is not installed", do=do)
+    return None
+
+
 def _fail(error: BaseException, debug: bool) -> int:  # the exit code
     "Say what went wrong, and how to go on."
     if debug:
         console().print_exception()
-    known = explain(error)
+    known = explain(error) or _not_installed(error)
     if known:
         head, *rest = str(known if known is not error else error.args[0] if error.args else error).split("\n")
         beside().print(f"[red bold]{type(known).__name__}[/]: ", end="")

@@ -84,6 +84,8 @@ def _engine(name: str) -> Callable[..., "list[Scored]"]:
 
         return run
     try:
+        import ray  # noqa: F401  the module below waits with it until it is asked
+
         from titanic_mlops.serve.ray_batch import score as run  # the same arguments, on Ray Data
     except ImportError as error:
         raise SettingsError(

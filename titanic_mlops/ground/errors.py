@@ -93,6 +93,19 @@ _OS_REMEDIES = {
     errno.EACCES: ("no permission", "change the permissions, or point TITANIC_STORE at a folder of yours"),
     errno.EPERM: ("not permitted", "change the permissions, or point TITANIC_STORE at a folder of yours"),
     errno.EROFS: ("the file system is read-only", "point TITANIC_STORE at a folder that can be written"),
+    errno.EEXIST: ("something else is there", "move it away, or point TITANIC_STORE at a folder"),
+    errno.ENOTDIR: ("a file stands where a folder must be", "point TITANIC_STORE at a folder"),
+}
+
+# What speaks to buckets, by the packages that its errors come from.
+_AWS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run aws configure; another server than AWS: AWS_ENDPOINT_URL"
+_GOOGLE = "gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
+_BUCKET_REMEDIES = {
+    "botocore": _AWS,
+    "aiobotocore": _AWS,
+    "google.auth": _GOOGLE,
+    "gcsfs": _GOOGLE,
+    "aiohttp": "check the address, the network and the credentials",
 }
 
 _SQLITE_FULL = "database or disk is full"  # its own words for ENOSPC, which it does not hand on
@@ -113,6 +126,10 @@ def explain(
     for cause in _causes(error):
         if isinstance(cause, TitanicError):
             return cause
+        package = type(cause).__module__.split(".")
+        if do := _BUCKET_REMEDIES.get(package[0]) or _BUCKET_REMEDIES.get(".".join(package[:2])):
+            said = str(cause).split("\n")[0][:300] or type(cause).__name__
+            return StoreError(f"a bucket can't be used: {said}", do=do)
         if isinstance(cause, OSError) and cause.errno in _OS_REMEDIES:
             what, do = _OS_REMEDIES[cause.errno]
             return StoreError(f"{what} ({cause.strerror})", where=str(cause.filename or "the store"), do=do)
@@ -128,7 +145,7 @@ def explain(
     return None
 
 # %% ../../nbs/01_ground/01_errors.ipynb #30d4d056
-_WIRE_ERRORS = {"PermissionError": errno.EACCES, "OSError": None, "IOError": None}
+_WIRE_ERRORS = ("PermissionError", "FileExistsError", "NotADirectoryError", "OSError", "IOError")
 
 
 def from_kernel(

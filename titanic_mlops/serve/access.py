@@ -370,13 +370,20 @@ class Tracing:
 def open_access(
     own: Settings,
 ) -> AccessLog | None:  # None: neither log nor traces
-    "The access log, and the traces, that the settings ask for."
+    "The access log, and the traces, that the settings ask for. Raises `SettingsError`."
     tracing = None
     if own.trace_endpoint:
         tracing = Tracing(_otlp(own.trace_endpoint), own.trace_sample)
     if not own.access_log and tracing is None:
         return None
-    writer = LineWriter(own.access_log or os.devnull)
+    try:
+        writer = LineWriter(own.access_log or os.devnull)
+    except OSError as error:
+        raise SettingsError(
+            f"the access log can't be written: {error.strerror}",
+            where=own.access_log,
+            do="point TITANIC_ACCESS_LOG at a file in a folder that can be written, or at - for standard output",
+        ) from None
     return AccessLog(writer, own.access_sample, own.access_project, tracing)
 
 
