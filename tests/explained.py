@@ -54,7 +54,7 @@ def main(folder: str, port: str, *more: str) -> None:
     from titanic_mlops.model.bundle import Bundle
 
     said = dict(one.split("=", 1) for one in more)
-    guard = OneKey(said["key"]) if "key" in said else None
+    guard = OneKey(said["key"], said.get("scopes", "predict,explain")) if "key" in said else None
     uvicorn.run(
         app_of(Bundle(folder), guard, said.get("caution", "")),
         host="127.0.0.1",
@@ -66,8 +66,8 @@ def main(folder: str, port: str, *more: str) -> None:
 class OneKey:
     "A guard that knows one key."
 
-    def __init__(self, key: str):
-        self.key = key
+    def __init__(self, key: str, scopes: str):
+        self.key, self.scopes = key, scopes.split(",")
 
     def check(self, headers, scope: str, client: str):
         "Raise `Problem` unless this is the key."
@@ -75,6 +75,8 @@ class OneKey:
 
         if dict(headers).get(b"authorization") != f"Bearer {self.key}".encode():
             raise Problem("unauthenticated", "an API key is needed", headers={"www-authenticate": "Bearer"})
+        if scope not in self.scopes:
+            raise Problem("forbidden", f"this needs the scope {scope}")
 
 
 if __name__ == "__main__":

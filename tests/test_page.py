@@ -326,6 +326,20 @@ def test_a_key_is_asked_for_used_and_forgotten_and_a_caution_is_shown(folder: Pa
         assert shown(page) == "–"
 
 
+def test_a_key_for_predictions_alone_gets_the_number(folder: Path, visit):
+    with server(folder, f"key={KEY}", "scopes=predict") as address:
+        page, _ = visit(address, answered=False)
+        page.wait_for_selector("#key:not([hidden])")
+        page.fill("#key-value", KEY)
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('#probability').textContent !== '–'")
+        assert "scope explain" in page.inner_text("#unexplained") and page.locator("#key").is_hidden()
+        assert page.locator("#why").is_hidden() and page.locator("#pick").is_hidden()
+        before = shown(page)
+        page.get_by_label("First").check(force=True)
+        until(page, f"document.querySelector('#probability').textContent !== '{before}'")
+
+
 def test_without_a_background_the_number_stands_alone(tmp_path: Path, visit):
     from explained import make_bundle
 

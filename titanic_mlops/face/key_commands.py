@@ -88,7 +88,9 @@ def list_keys(
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     if not found:
-        console().print("no keys. Next: [bold]titanic keys new --name NAME --scope predict[/]")
+        console().print(
+            "no keys. Next: [bold]titanic keys new --name NAME --scope predict --scope explain[/]"
+        )
         return
     from rich.text import Text
 

@@ -36,7 +36,7 @@ def guard_of(
             "nobody may ask yet",
             where=str(keys_file(own)),
             rule="who asks needs a key, unless you say otherwise",
-            do="titanic keys new --name me --scope predict; or, on this machine only: titanic serve --no-auth",
+            do="titanic keys new --name me --scope predict --scope explain; or, on this machine only: titanic serve --no-auth",
         )
     return guard
 

@@ -646,7 +646,7 @@ class OpenGuard:
             raise SettingsError(
                 f"--no-auth on {host} would let everybody in",
                 rule="without authentication only on a loopback address: 127.0.0.1, ::1, localhost",
-                do="leave --no-auth out, and make a key: titanic keys new --name NAME --scope predict",
+                do="leave --no-auth out, and make a key: titanic keys new --name NAME --scope predict --scope explain",
             )
         self.rate = rate or RateLimit(0, 1)
         self.issuer, self.trouble = None, ""
