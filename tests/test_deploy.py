@@ -28,6 +28,7 @@ PODS_OF = {
     ],
     "SecretProviderClass secrets-store.csi.x-k8s.io/v1": lambda said: [],
     "Kustomization kustomize.config.k8s.io/v1beta1": lambda said: [],
+    "PodMonitoring monitoring.googleapis.com/v1": lambda said: [],
 }
 # What Knative adds to a pod's fields.
 KNATIVE = {"containerConcurrency", "timeoutSeconds"}
@@ -143,6 +144,7 @@ def test_selectors_find_the_pods():
         "service": ("spec", "selector"),
         "disruption-budget": ("spec", "selector", "matchLabels"),
         "network-policy": ("spec", "podSelector", "matchLabels"),
+        "pod-monitoring": ("spec", "selector", "matchLabels"),
     }.items():
         said = documents(DEPLOY / "gke" / f"{name}.yaml")[0]
         for key in path:
@@ -151,6 +153,20 @@ def test_selectors_find_the_pods():
 
 
 RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_the_scraper_of_the_cluster_has_a_key():
+    "The server's metrics need one, and an annotation can carry none."
+    monitoring, role, binding = documents(DEPLOY / "gke" / "pod-monitoring.yaml")
+    pod = pods(documents(DEPLOY / "gke" / "deployment.yaml")[0])[0]
+    assert "annotations" not in pod["metadata"]
+    (endpoint,) = monitoring["spec"]["endpoints"]
+    assert endpoint["port"] in {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+    secret = endpoint["authorization"]["credentials"]["secret"]["name"]
+    assert (
+        role["rules"][0]["resourceNames"] == [secret]
+        and binding["roleRef"]["name"] == role["metadata"]["name"]
+    )
 
 
 def test_ray_runs_where_the_namespace_restricts_pods():
@@ -328,9 +344,16 @@ def test_what_is_provisioned_hangs_together():
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert not source.startswith(".") or (OBSERVE / source).is_dir(), volume
-        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["network_mode"] == "host" and "ports" not in service
     provisioned = OBSERVE / "grafana" / "provisioning"
     source = yaml.safe_load((provisioned / "datasources" / "prometheus.yml").read_text())["datasources"][0]
+    assert "--web.listen-address=127.0.0.1:9090" in compose["prometheus"]["command"]
+    assert compose["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    assert source["url"] == "http://127.0.0.1:9090"
+    asked = yaml.safe_load((OBSERVE / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
+    assert asked == [
+        {"targets": ["127.0.0.1:8080"]}
+    ]  # where `titanic serve` listens, and no other name is let in
     folder = yaml.safe_load((provisioned / "dashboards" / "titanic.yml").read_text())["providers"][0]
     assert any(volume.split(":")[1] == folder["options"]["path"] for volume in compose["grafana"]["volumes"])
     dashboard = json.loads((OBSERVE / "grafana" / "dashboards" / "titanic.json").read_text())
