@@ -19,6 +19,16 @@ fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     scripts/system.sh python3.11-venv "this Python can't make environments" || exit 2
 
+# --- one at a time: who comes second waits, and mostly finds all of it there
+exec 9<scripts/setup.sh
+if command -v flock >/dev/null 2>&1 && ! flock -n 9; then
+    say "waiting for another set-up of this checkout"
+    flock 9
+    ready=.venv/.ready
+    [ "$(cat $ready 2>/dev/null)" = "$here" ] && [ $ready -nt requirements/dev.lock ] &&
+        [ $ready -nt pyproject.toml ] && [ $ready -nt scripts/setup.sh ] && exit 0
+fi
+
 # --- .venv, from nothing if it is missing, moved, broken, or was cut short while it was being filled
 fresh=
 [ -e .venv/.filling ] && fresh="the last set-up was cut short"

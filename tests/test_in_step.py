@@ -277,3 +277,26 @@ def test_locks_hold_what_pyproject_asks_for(surface: str):
     assert names <= locked, (
         f"requirements/{surface}.lock lacks {', '.join(sorted(names - locked))}: make lock"
     )
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
+def test_who_comes_second_waits_for_the_set_up_and_takes_what_it_made(tmp_path: Path):
+    import fcntl
+
+    for name in ("scripts/setup.sh", "requirements/dev.lock", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    script = tmp_path / "scripts" / "setup.sh"
+    with script.open() as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = subprocess.Popen(
+            ["sh", str(script)],
+            env=os.environ | {"PYTHON": sys.executable},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert "waiting for another set-up" in second.stderr.readline()
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv" / ".ready").write_text(f"{tmp_path.resolve()}\n")
+    assert second.wait(30) == 0 and second.stderr.read() == ""
+    assert [file.name for file in (tmp_path / ".venv").iterdir()] == [".ready"]
