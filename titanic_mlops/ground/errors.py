@@ -108,6 +108,7 @@ _BUCKET_REMEDIES = {
     "aiohttp": "check the address, the network and the credentials",
 }
 
+# %% ../../nbs/01_ground/01_errors.ipynb #f7f724b0
 _SQLITE_FULL = "database or disk is full"  # its own words for ENOSPC, which it does not hand on
 
 

@@ -215,7 +215,7 @@ def _tidy_stream(folder: Path, stream: str) -> Tally:
         segment.unlink(missing_ok=True)
     return done
 
-
+# %% ../../nbs/05_serve/17_record.ipynb #58aa92ab
 def _finished(folder: Path) -> Iterator[tuple[str, Path]]:
     "The files of the log that nobody writes any more, with the day on which each was begun."
     for pattern in ("*/date=*/[!.]*.parquet", "*/_damaged/*"):
@@ -248,7 +248,7 @@ def _remove(paths: Sequence[Path]) -> None:
         with contextlib.suppress(OSError):  # others of that day stay
             place.rmdir()
 
-
+# %% ../../nbs/05_serve/17_record.ipynb #58aa92ac
 def tidy(
     folder: Path,  # of the prediction log
     keep_days: int = 0,  # days after which files are removed; 0: never
