@@ -79,7 +79,7 @@ def _post(own: Settings) -> None:
     except Exception as error:
         console().print(f"[yellow]not sent[/]  {escape(_why(error))}")
 
-
+# %% ../../nbs/07_face/09_watch.ipynb #ac7ab00a
 class _Acting:
     "Follows the policy beside the looks."
 

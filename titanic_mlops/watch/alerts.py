@@ -89,7 +89,7 @@ class Notice(BaseModel):
         more = f" and {len(news) - 1} more" if len(news) > 1 else ""
         return f"{'' if self.fires else 'resolved: '}{news[0].summary}{more}"
 
-
+# %% ../../nbs/06_watch/02_alerts.ipynb #b3c4540a
 class Letter(BaseModel):
     "A notice on its way to a channel."
 
@@ -338,7 +338,7 @@ class Email:
         except (OSError, smtplib.SMTPException) as error:
             raise Undelivered(f"{host}: {type(error).__name__} {error}".strip()) from None
 
-
+# %% ../../nbs/06_watch/02_alerts.ipynb #93c26e99
 def _permanent(error: Any) -> bool:
     "Did the mail server say never (5xx), and not: later (4xx)?"
     codes = (

@@ -109,7 +109,7 @@ def _hashes(first: int, count: int) -> np.ndarray:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-
+# %% ../../nbs/06_watch/01_drift.ipynb #9a31336a
 @dataclass(frozen=True)
 class Sketch:
     "A window, counted. Sketches of the same reference add up."

@@ -114,7 +114,7 @@ def _condensed(seen: Seen, hour: int) -> Seen:
             kept.hours[key] = kept.hours[key] + sketch if key in kept.hours else sketch
     return kept
 
-
+# %% ../../nbs/06_watch/03_monitor.ipynb #0ae4c56a
 class Memory:
     "The files of a watcher, below a folder."
 
@@ -489,7 +489,7 @@ def _performance_alert(seen: "Look", link: str) -> list[Alert]:
         for found in moved[:1]  # the worst
     ]
 
-
+# %% ../../nbs/06_watch/03_monitor.ipynb #36686f09
 def _lost(seen: Look, rows: Mapping[str, int], when: str, link: str) -> list[Alert]:  # at most one
     "What is gone of the log, of which only the gaps can be counted."
     parts = [
