@@ -54,7 +54,7 @@ def main(folder: str, port: str, *more: str) -> None:
     from titanic_mlops.model.bundle import Bundle
 
     said = dict(one.split("=", 1) for one in more)
-    guard = OneKey(said["key"], said.get("scopes", "predict,explain")) if "key" in said else None
+    guard = OneKey(said["key"], said.get("scopes", "predict,explain,admin")) if "key" in said else None
     uvicorn.run(
         app_of(Bundle(folder), guard, said.get("caution", "")),
         host="127.0.0.1",

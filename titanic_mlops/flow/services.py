@@ -297,7 +297,7 @@ def down(
     return stopped + ["warm kernels"] * bool(shutdown_parents(idle_only=True))
 
 
-def _stop(pid: int, patience: float = 10.0) -> None:
+def _stop(pid: int, patience: float = 30.0) -> None:  # the watcher pauses its schedule first
     "End a process and everything that it started."
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
