@@ -944,6 +944,7 @@ async def _heard(
 
 
 async def _wait_for_ready(self, timeout: float | None = None) -> None:  # as `KernelClient` has it
+    "Return when the kernel has answered, and its output holds nothing older. Raises `RuntimeError` for one that is dead or silent."
     until = time.monotonic() + (timeout or float("inf"))
     while time.monotonic() < until:
         asked = self.kernel_info()
