@@ -1934,8 +1934,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'titanic_mlops/model/registry.py'),
                                               'titanic_mlops.model.registry._gate': ( '03_model/registry.html#_gate',
                                                                                       'titanic_mlops/model/registry.py'),
-                                              'titanic_mlops.model.registry._mark': ( '03_model/registry.html#_mark',
-                                                                                      'titanic_mlops/model/registry.py'),
                                               'titanic_mlops.model.registry._new_tables': ( '03_model/registry.html#_new_tables',
                                                                                             'titanic_mlops/model/registry.py'),
                                               'titanic_mlops.model.registry._place': ( '03_model/registry.html#_place',

@@ -414,10 +414,6 @@ def entries(self: Registry) -> list[Entry]:
     return found
 
 
-def _mark(entry: Entry) -> str:
-    return entry.mark
-
-
 @patch
 def _carried(self: Registry) -> str:
     model = self._if_there(self.client.get_registered_model)
@@ -435,7 +431,7 @@ def _announced(number: int, action: str, override: bool) -> str:
 def _require_announced(self: Registry, entry: Entry, version: Version) -> None:
     "Raise `RegistryError` for an entry that nobody has told the registry of."
     wanted = _announced(entry.number, entry.action, entry.override)
-    if self._carried() != _mark(entry) and version.tags.get(_NEXT_TAG) != wanted:
+    if self._carried() != entry.mark and version.tags.get(_NEXT_TAG) != wanted:
         raise RegistryError(
             f"entry {entry.number} of the ledger came past the registry: {entry.action} of version {version.number} by {entry.by}",
             where=f"ledger {self.settings.artifacts_url}",
@@ -465,7 +461,7 @@ def _carry_out(self: Registry, entry: Entry) -> None:
         elif entry.action != "rollback" and "override" in version.tags:
             self.client.delete_model_version_tag(self.model, number, "override")
         self.client.set_model_version_tag(self.model, number, ENTRY_TAG, str(entry.number))
-        self.client.set_registered_model_tag(self.model, HEAD_TAG, _mark(entry))
+        self.client.set_registered_model_tag(self.model, HEAD_TAG, entry.mark)
         last = self.entries()[-1]
         if last == entry:
             return
@@ -531,10 +527,10 @@ def settle(self: Registry) -> str:  # what was mended, in words; empty: nothing 
         return f"version {champion.number} is entered into the ledger: {reason}"
     last, carried = entries[-1], self._carried()
     stands = (champion.number, champion.tags.get(ENTRY_TAG)) if champion else None
-    if stands == (last.to_version, str(last.number)) and carried == _mark(last):
+    if stands == (last.to_version, str(last.number)) and carried == last.mark:
         return ""
     self._carry_out(last)
-    if carried == _mark(last):
+    if carried == last.mark:
         was = f"to version {champion.number}" if champion else "away"
         return f"the champion was moved {was} past the ledger: put back to version {last.to_version}"
     return f"a command was cut off after entry {last.number} of the ledger: version {last.to_version} is champion now"
