@@ -187,7 +187,7 @@ def plot_calibration(evaluation: Evaluation) -> Plot:
         axes.set_xlabel("predicted probability of survival")
         axes.set_ylabel("share who lived")
         chance = evaluation.ece_by_chance  # an older run did not ask
-        said = "" if chance is None else f"; calibrated, by chance: {chance:.3f}"
+        said = "" if chance is None else f" (by chance alone: {chance:.3f})"
         axes.set_title(f"Expected calibration error {evaluation.holdout['ece'].value:.3f}{said}", fontsize=9)
 
     return _plot(draw, 4.6, 4.2, "Reliability diagram: share who lived against the predicted probability")
