@@ -32,7 +32,7 @@ from titanic_mlops.flow.cache import (
     why_unknown,
 )
 from .configuration import RunConfig
-from .execution import Stop, alone, circumstances, execute, import_ahead, kernel_name
+from .execution import Stop, alone, execute_on_record, import_ahead, kernel_name
 from .kernels import KERNEL_NAME, install_kernelspec, warm_up
 from titanic_mlops.flow.records import (
     Books,
@@ -175,19 +175,15 @@ def _do(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result]) -> Result:
 
 
 def _carry_out(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result], why: str) -> Result:
-    "Execute one job, and put it on record."
-    child = run.tracker.start(job)
-    context = circumstances(child, run.tracker.run_id)
+    "Execute one job, put it on record, and tell."
     run.tell(Event("started", job.name, text=why))
     started = time.monotonic()
     try:
         tell_cell = lambda cell, cells, text: run.tell(Event("cell", job.name, cell, cells, text))
-        result = execute(job, key, inputs, run.settings, context, tell_cell, run.stop)
-        run.tracker.finish(child, result)
+        result = execute_on_record(job, key, inputs, run.settings, run.tracker, tell_cell, run.stop)
     except BaseException as error:
         run.failed = True
         run.tell(Event("failed", job.name, text=str(error), seconds=time.monotonic() - started))
-        run.tracker.fail(child, error)
         raise
     run.tell(Event("finished", job.name, seconds=time.monotonic() - started))
     return result
