@@ -444,7 +444,7 @@ def execute_on_record(
         raise
     return result
 
-
+# %% ../../nbs/04_flow/05_execution.ipynb #1fbf4913
 def prepare_inputs(
     step: str,
 ) -> dict[str, Path]:  # job name -> folder of its outputs
