@@ -81,7 +81,7 @@ def edited(file: Path, old: str, new: str):
 
 def test_nothing_runs_for_prose_a_comment_or_an_unrelated_module(forked):
     place, dry_run = forked
-    package, notebook = place / "titanic_mlops", place / "nbs" / "pipeline" / "03_train.ipynb"
+    package, notebook = place / "titanic_mlops", place / "nbs" / "pipeline" / "04_train.ipynb"
     with (
         edited(package / "model" / "train.py", "import ", "# a comment\nimport "),
         edited(package / "model" / "train.py", '"""', '"""Another docstring. '),
@@ -103,7 +103,7 @@ def test_an_edited_helper_runs_what_uses_it_and_says_so(forked):
 
 def test_an_edited_cell_a_parameter_and_a_step_that_is_asked_for(forked):
     place, dry_run = forked
-    with edited(place / "nbs" / "pipeline" / "06_score.ipynb", ".round(6)", ".round(5)"):
+    with edited(place / "nbs" / "pipeline" / "07_score.ipynb", ".round(6)", ".round(5)"):
         said = dry_run()
     assert "the notebook's code changed" in said["score"] and fates(said)["promote"] == "="
     said = dry_run("seed=5")
@@ -215,7 +215,7 @@ def test_the_report_reads_figures_where_they_have_a_digest(tmp_path: Path):
 def test_a_parameter_that_nothing_reads_is_reported(forked, finished):
     place, _ = forked
     own: Checkout = finished[0]
-    notebook = place / "nbs" / "pipeline" / "06_score.ipynb"
+    notebook = place / "nbs" / "pipeline" / "07_score.ipynb"
     with edited(notebook, "threshold: Annotated", "idle: int = 3\\nthreshold: Annotated"):
         done = subprocess.run(
             [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "steps"],
@@ -233,7 +233,7 @@ def test_a_parameter_that_nothing_reads_is_reported(forked, finished):
 def test_a_parameters_cell_that_cannot_be_parsed(forked, finished):
     place, _ = forked
     own: Checkout = finished[0]
-    notebook = place / "nbs" / "pipeline" / "06_score.ipynb"
+    notebook = place / "nbs" / "pipeline" / "07_score.ipynb"
     with edited(notebook, "= 0.5  # at and above", "= = 0.5  # at and above"):
         done = subprocess.run(
             [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "run"],
@@ -244,7 +244,7 @@ def test_a_parameters_cell_that_cannot_be_parsed(forked, finished):
             check=False,
         )
     assert done.returncode == 2
-    assert "06_score.ipynb, cell 4, line 1" in done.stderr, done.stderr
+    assert "07_score.ipynb, cell 4, line 1" in done.stderr, done.stderr
 
 
 UNREADABLE = {
@@ -266,17 +266,17 @@ def test_whatever_is_wrong_with_a_parameters_cell_is_said_with_its_line(tmp_path
         "metadata": {"tags": ["parameters"]},
         "source": f"b: int = 1  # fine\n{source}",
     }
-    notebook = tmp_path / "03_train.ipynb"
+    notebook = tmp_path / "04_train.ipynb"
     notebook.write_text(json.dumps({"cells": [cell]}))
     with pytest.raises(ParameterError) as caught:
         steps.parameters_model(notebook)
-    assert caught.value.where == f"03_train.ipynb, cell 1, line {UNREADABLE[source]}"
+    assert caught.value.where == f"04_train.ipynb, cell 1, line {UNREADABLE[source]}"
     assert caught.value.do and "\n" not in caught.value.what
 
 
 def test_a_bound_that_does_not_go_with_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = "a: Annotated[str, Field(gt=0)] = 'x'"
-    notebook = tmp_path / "03_train.ipynb"
+    notebook = tmp_path / "04_train.ipynb"
     cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}
     notebook.write_text(json.dumps({"cells": [cell]}))
     monkeypatch.setattr(steps, "notebook_of", lambda step: notebook)
@@ -285,7 +285,7 @@ def test_a_bound_that_does_not_go_with_its_type(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_notebook_with_the_marks_of_a_merge(tmp_path: Path):
-    notebook = tmp_path / "03_train.ipynb"
+    notebook = tmp_path / "04_train.ipynb"
     for text, line in (('{"cells": [\n<<<<<<< HEAD\n]}', ", line 2"), ("[]", ""), ('{"cells": [{}]}', "")):
         notebook.write_text(text)
         with pytest.raises(StepError, match="can't be read") as caught:
@@ -425,7 +425,7 @@ def test_a_prefect_server_that_goes_away_does_not_take_the_run_along(validated: 
     assert run.returncode == 0, out + said
     assert "the run goes on without it" in out
     again = own.titanic("run", *QUICK)
-    assert "8 of 8 steps recalled" in again.stdout
+    assert "9 of 9 steps recalled" in again.stdout
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_run(tmp_path: Path):
@@ -480,7 +480,7 @@ def test_two_runs_at_once_share_the_work(fresh: Checkout):
         assert run.returncode == 0, out + said
     told = Counter((e.get("message", e.get("event")), e.get("job")) for e in fresh.events())
     jobs = {job for _, job in told if job}
-    assert len(jobs) == 8
+    assert len(jobs) == 9
     assert {job: told["job started", job] for job in jobs} == dict.fromkeys(jobs, 1)
     assert {job: told["job hit", job] for job in jobs} == dict.fromkeys(jobs, 1)
 

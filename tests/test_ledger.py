@@ -801,7 +801,7 @@ def test_a_rollback_lasts(story):
         assert "promoted by ismay against or without the gate: we had nothing else" in page
 
     again = own.titanic("run", "model=logistic", *QUICK)
-    assert "7 of 7 steps recalled" in again.stdout, again.stdout
+    assert "8 of 8 steps recalled" in again.stdout, again.stdout
     sidecar = own.store / "latest" / "scored.json"
     assert "ismay" in json.loads(sidecar.read_text())["override"]
     with changed(sidecar, lambda good: good.replace(b"ismay", b"smith")):

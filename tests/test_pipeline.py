@@ -18,6 +18,7 @@ pytestmark = pytest.mark.long
 JOBS = [
     "ingest",
     "validate",
+    "document",
     "train.logistic",
     "train.boosting",
     "evaluate",
@@ -168,7 +169,7 @@ def test_an_unchanged_run_does_nothing_twice(finished):
     before = {f: f.stat().st_mtime_ns for f in (own.store / "steps").rglob("*") if f.is_file()}
     again = own.titanic("run")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "8 of 8 steps recalled" in again.stdout
+    assert "9 of 9 steps recalled" in again.stdout
     assert {f: f.stat().st_mtime_ns for f in (own.store / "steps").rglob("*") if f.is_file()} == before
     assert len(mlflow_client(own).search_model_versions("name='titanic'")) == 1
     for name, run in children(own, latest_run(own)).items():
@@ -180,7 +181,7 @@ def test_another_model_and_seed(finished):
     own, _ = finished
     done = own.titanic("run", "model=logistic", "seed=7")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 7 steps recalled" in done.stdout
+    assert "3 of 8 steps recalled" in done.stdout
     parent = mlflow_client(own).get_run(latest_run(own))
     assert parent.data.params["seed"] == "7" and "model.candidates.boosting.kind" not in parent.data.params
     found = children(own, parent.info.run_id)
@@ -241,7 +242,7 @@ def test_a_killed_run_goes_on_and_comes_to_the_same(finished, fresh: Checkout):
 
     again = fresh.titanic("run")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "4 of 8 steps recalled" in again.stdout
+    assert "5 of 9 steps recalled" in again.stdout
     assert {run.info.status for run in runs(fresh)} <= {"FINISHED", "KILLED", "FAILED"}  # none runs for ever
     assert len(mlflow_client(fresh).search_model_versions("name='titanic'")) == 1
 
@@ -276,7 +277,7 @@ def test_a_damaged_result_is_made_again(finished):
     done = own.titanic("run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert table.read_bytes() == good
-    assert "7 of 8 steps recalled" in done.stdout
+    assert "8 of 9 steps recalled" in done.stdout
 
 
 def test_a_verdict_that_was_not_written_down_comes_out_again(finished):
@@ -295,7 +296,7 @@ def test_a_verdict_that_was_not_written_down_comes_out_again(finished):
     ledger = sorted(own.store.glob("artifacts/ledger/**/*.json"))
     done = own.titanic("run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "7 of 8 steps recalled" in done.stdout
+    assert "8 of 9 steps recalled" in done.stdout
     assert decision.read_bytes() == good
     assert sorted(own.store.glob("artifacts/ledger/**/*.json")) == ledger and len(ledger) == 1
 
@@ -343,7 +344,7 @@ def prepared(finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_step_notebooks_give_what_they_store(prepared: Path, tmp_path: Path):
-    assert len(STEPS) == 8
+    assert len(STEPS) == 9
     folder = tmp_path / "pipeline"
     shutil.copytree(ROOT / "nbs" / "pipeline", folder)
     done = replay(folder, prepared)

@@ -414,7 +414,7 @@ def test_the_step_notebook_draws_what_moved(moved: Path, tmp_path: Path, monkeyp
     import papermill
 
     monkeypatch.setenv("TITANIC_STORE", str(moved))
-    notebook = Path(__file__).parent.parent / "nbs" / "pipeline" / "08_watch.ipynb"
+    notebook = Path(__file__).parent.parent / "nbs" / "pipeline" / "09_watch.ipynb"
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(notebook, out, {"hours": 48}, kernel_name="python3", progress_bar=False)
     cells = json.loads(out.read_text())["cells"]

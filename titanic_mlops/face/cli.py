@@ -295,7 +295,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="run every step, whatever is known")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say which steps would run, and why")] = False,
 ) -> None:
-    "Run the pipeline: ingest, validate, train, evaluate, promote, score, report."
+    "Run the pipeline: ingest, validate, document, train, evaluate, promote, score, report."
     _require_pipeline()
     if not (force or from_step or multirun):
         from titanic_mlops.flow.records import clerk_ahead

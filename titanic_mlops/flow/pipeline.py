@@ -8,6 +8,7 @@ __all__ = ['HEARTBEAT', 'Listener', 'Event', 'Summary', 'still_true', 'steps_fro
 # %% ../../nbs/04_flow/07_pipeline.ipynb #bd2d2ede
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,32 +191,36 @@ def _carry_out(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result], why:
     return result
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #b774aecb
-def _rounds(
+def _as_ready(
     run: _Run,
     jobs: Sequence[Job],
     done: dict[str, Result],  # is filled
     submit: Callable[[Job, Key, Callable[[], Result]], Any],  # returns a future
 ) -> None:
-    "Submit jobs when what they need is done, until all are."
+    "Submit each job when what it needs is done, until all are."
+    ended: queue.SimpleQueue = queue.SimpleQueue()
     waiting = [job for job in jobs if job.name not in done]
-    while waiting:
-        ready = [job for job in waiting if all(other.name in done for other in needs(job, jobs))]
-        futures = []
-        for job in ready:
+    waiting.sort(key=lambda job: -len(downstream({job.step})))  # where more hangs on it, it goes first
+    under_way = 0
+    while waiting or under_way:
+        for job in [job for job in waiting if all(other.name in done for other in needs(job, jobs))]:
+            waiting.remove(job)
             inputs = {other.name: done[other.name] for other in needs(job, jobs)}
             digests = {name: result.digest for name, result in inputs.items()}
             key = key_of(job, digests | extra_inputs(job, run.settings))
-            work = lambda job=job, key=key, inputs=inputs: _do(run, job, key, inputs)
-            futures.append((job, work, submit(job, key, work)))
-        for job, work, future in futures:
-            try:
-                found = future.result()
-            except KeyboardInterrupt:
-                run.stop.press()
-                raise
-            # Prefect may have known the result: on record here it goes all the same
-            done[job.name] = found if isinstance(found, Result) else work()
-        waiting = [job for job in waiting if job not in ready]
+            work = partial(_do, run, job, key, inputs)
+            tell = lambda future, job=job, work=work: ended.put((job, work, future))
+            submit(job, key, work).add_done_callback(tell)
+            under_way += 1
+        try:
+            job, work, future = ended.get()
+            found = future.result()
+        except KeyboardInterrupt:
+            run.stop.press()
+            raise
+        # Prefect may have known the result: on record here it goes all the same
+        done[job.name] = found if isinstance(found, Result) else work()
+        under_way -= 1
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #c9f24220
 def _with_prefect(run: _Run, jobs: Sequence[Job], done: dict[str, Result]) -> None:
@@ -233,6 +239,9 @@ def _with_prefect(run: _Run, jobs: Sequence[Job], done: dict[str, Result]) -> No
         def result(self) -> Result | None:
             self.future.result()
             return found.get(self.name)
+
+        def add_done_callback(self, tell: Callable[[Any], None]) -> None:
+            self.future.add_done_callback(lambda _: tell(self))
 
     def body(name: str, key: str) -> str:
         found[name] = works[name]()
@@ -259,7 +268,7 @@ def _with_prefect(run: _Run, jobs: Sequence[Job], done: dict[str, Result]) -> No
         task_runner=ThreadPoolTaskRunner(max_workers=run.settings.workers),
     )
     def titanic() -> None:
-        _rounds(run, jobs, done, submit)
+        _as_ready(run, jobs, done, submit)
 
     where = {  # Prefect reads its environment once, and this process may have run before
         "api.url": os.environ["PREFECT_API_URL"],
@@ -284,7 +293,7 @@ def _all_jobs(run: _Run, jobs: Sequence[Job]) -> dict[str, Result]:
         text = f"Prefect's API is gone ({type(error).__name__}); the run goes on without it"
         run.tell(Event("notice", text=text))
         with ThreadPoolExecutor(run.settings.workers) as pool:
-            _rounds(run, jobs, done, lambda job, key, work: pool.submit(work))
+            _as_ready(run, jobs, done, lambda job, key, work: pool.submit(work))
     return done
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #0c8aed87

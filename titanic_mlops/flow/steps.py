@@ -25,11 +25,12 @@ from ..ground.errors import ParameterError, StepError, nearest
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "validate": ("ingest",),
+    "document": ("validate",),
     "train": ("validate",),
     "evaluate": ("validate", "train"),
-    "promote": ("ingest", "validate", "train", "evaluate"),
+    "promote": ("ingest", "validate", "document", "train", "evaluate"),
     "score": ("validate", "promote"),
-    "report": ("ingest", "validate", "train", "evaluate", "promote", "score"),
+    "report": ("ingest", "validate", "document", "train", "evaluate", "promote", "score"),
 }
 PACKAGE = Path(titanic_mlops.__file__).parent
 
@@ -218,6 +219,7 @@ def plan(
     given: list[tuple[str, str, dict[str, Any]]] = [
         ("ingest", "", {"source": config.source}),
         ("validate", "", {"max_quarantined": config.data.max_quarantined}),
+        ("document", "", {}),
         *(
             (
                 "train",
