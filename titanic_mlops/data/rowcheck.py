@@ -305,13 +305,13 @@ def _text_prints(edges: "np.ndarray", content: "np.ndarray") -> "np.ndarray":
     "Fingerprints of texts, of their lengths and their first and last eight bytes."
     import numpy as np
 
-    starts, ends = edges[:-1].astype(np.int64), edges[1:].astype(np.int64)
-    sizes = ends - starts
-    mixed = sizes.astype(np.uint64)
-    for odd, place in zip(_ODD, (starts, np.maximum(ends - 8, starts)), strict=False):
-        mixed ^= _eight_bytes(content, place, sizes)
-        mixed *= np.uint64(odd)
-        mixed ^= mixed >> np.uint64(29)
+    edges = edges.astype(np.int64, copy=False)
+    starts, sizes = edges[:-1], np.diff(edges)
+    mixed = sizes.view(np.uint64) * np.uint64(_ODD[2])
+    for odd, place in zip(_ODD, (starts, np.maximum(edges[1:] - 8, starts)), strict=False):
+        bytes_there = _eight_bytes(content, place, sizes)
+        bytes_there *= np.uint64(odd)
+        mixed += bytes_there
     return mixed
 
 
@@ -328,79 +328,18 @@ def _eight_bytes(content: "np.ndarray", starts: "np.ndarray", sizes: "np.ndarray
         found &= np.array([256**k - 1 for k in range(9)], np.uint64)[np.minimum(sizes, 8)]
     return found
 
-# %% ../../nbs/02_data/06_rowcheck.ipynb #f0811e48
-def _slot(prints: "np.ndarray", bits: int) -> "np.ndarray":
-    "The number of a slot for each fingerprint: its first bits."
-    import numpy as np
-
-    return (prints >> np.uint64(64 - bits)).view(np.int64)
-
-
-class _Guests:
-    "Slots in which each row leaves its number: who finds another's there has met it. Filled as rows come."
-
-    def __init__(self, rows: int = 0):  # expected; more may come
-        self.bits, self.prints, self.rows = max(16, rows.bit_length() + 2), [], 0
-        self.last = self._empty()
-
-    def _empty(self) -> "np.ndarray":
-        import numpy as np
-
-        kind = np.int32 if self.bits < 32 else np.int64
-        return np.empty(1 << self.bits, kind)  # only slots that were written to are read
-
-    def enter(self, prints: "np.ndarray") -> None:
-        "Let the next rows leave their numbers."
-        self.prints.append(prints)
-        if 2 * (self.rows + len(prints)) > len(self.last):  # too crowded: all move to a larger house
-            self.bits, self.rows = (self.rows + len(prints)).bit_length() + 2, 0
-            self.last = self._empty()
-            for earlier in self.prints[:-1]:
-                self._sign(earlier)
-        self._sign(prints)
-
-    def _sign(self, prints: "np.ndarray") -> None:
-        import numpy as np
-
-        numbers = np.arange(self.rows, self.rows + len(prints), dtype=self.last.dtype)
-        self.last[_slot(prints, self.bits)] = numbers
-        self.rows += len(prints)
-
-    def met(self, over: Callable[..., Any] = map) -> "np.ndarray":  # ascending
-        "Numbers of the rows that share a slot with another."
-        import numpy as np
-
-        firsts = np.cumsum([0, *map(len, self.prints)])
-        met = np.zeros(self.rows, bool)
-        for losers, winners in over(self._strangers, self.prints, firsts):
-            met[losers] = met[winners] = True
-        return np.flatnonzero(met)
-
-    def _strangers(self, prints: "np.ndarray", first: int) -> tuple["np.ndarray", "np.ndarray"]:
-        "Rows that find another's number in their slot, and whose."
-        import numpy as np
-
-        found = self.last[_slot(prints, self.bits)]
-        losers = np.flatnonzero(found != np.arange(first, first + len(prints), dtype=found.dtype))
-        return first + losers, found[losers]
-
 # %% ../../nbs/02_data/06_rowcheck.ipynb #c80d1e45
-def _alike(prints: "np.ndarray", suspects: "np.ndarray") -> "np.ndarray":  # ascending
-    "Those of the suspects whose fingerprint another one has; `prints` are theirs."
+def _alike(prints: "np.ndarray") -> "np.ndarray":  # row numbers, ascending
+    "Rows whose fingerprint another one has."
     import numpy as np
 
-    shrinks = len(prints) > 0
-    while shrinks:  # in other slots few meet again by chance; who has the same fingerprint never parts
-        prints = prints * np.uint64(_ODD[0])
-        guests = _Guests(len(prints))
-        guests.enter(prints)
-        left = guests.met()
-        shrinks = 2 * len(left) < len(prints)
-        prints, suspects = prints[left], suspects[left]
-    order = np.argsort(prints, kind="stable")
-    same = np.zeros(len(order) + 1, bool)  # as the one before; the ends have no neighbour
-    same[1:-1] = prints[order[1:]] == prints[order[:-1]]
-    return np.sort(suspects[order[same[1:] | same[:-1]]])
+    ordered = np.sort(prints)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    first_bits = lambda some: (some >> np.uint64(48)).view(np.int64)
+    marked = np.zeros(1 << 16, bool)
+    marked[first_bits(twice)] = True
+    near = np.flatnonzero(marked[first_bits(prints)])  # nobody else can be among them
+    return near[np.isin(prints[near], twice)]
 
 # %% ../../nbs/02_data/06_rowcheck.ipynb #05738de7
 class _Keys:
@@ -408,7 +347,7 @@ class _Keys:
 
     def __init__(self, rule: Unique):
         self.rule = rule
-        self.guests = _Guests()
+        self.prints: list[np.ndarray] = []
         self.cells: list[list[pa.Array]] = []
 
     def add(self, batch: "pa.RecordBatch") -> None:
@@ -419,17 +358,16 @@ class _Keys:
         keys = [plain(cells) if pa.types.is_string_view(cells.type) else cells for cells in keys]
         mixed = np.zeros(len(batch), np.uint64)
         for cells in keys:
-            mixed = mixed * np.uint64(_ODD[2]) + _fingerprints(cells)
-        self.guests.enter(mixed)
+            mixed *= np.uint64(_ODD[2])
+            mixed += _fingerprints(cells)
+        self.prints.append(mixed)
         self.cells.append(keys)
 
-    def repeated(self, over: Callable[..., Any] = map) -> "np.ndarray":  # row numbers, ascending
+    def repeated(self) -> "np.ndarray":  # row numbers, ascending
         "Rows whose key stands in a row before."
         import numpy as np
 
-        suspects = self.guests.met(over)
-        prints = np.concatenate([np.zeros(0, np.uint64), *self.guests.prints])[suspects]
-        suspects = _alike(prints, suspects)
+        suspects = _alike(np.concatenate([np.zeros(0, np.uint64), *self.prints]))
         seen: set[Any] = set()
         found = []
         for number, key in zip(suspects.tolist(), self._keys(suspects), strict=True):
@@ -497,7 +435,7 @@ def check_batches(
             for one in added:
                 one.result()
             rows += len(batch)
-        repeated = {one.rule.name: one.repeated(pool.map) for one in keys}
+        repeated = {one.rule.name: one.repeated() for one in keys}
     broken = {name: np.concatenate(found[name]) for name in looks if name in found}
     return Findings(rows, broken | {k: v for k, v in repeated.items() if len(v)}, examples)
 
