@@ -29,23 +29,16 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def forked(finished, tmp_path_factory: pytest.TempPathFactory):
-    "A copy of the checkout that may be edited, on a store in which everything was run. Returns what a dry run says."
+    "A copy of the checkout that may be edited, on a store in which everything was run; what a dry run says of each job, and a run."
     own: Checkout = finished[0]
     place = tmp_path_factory.mktemp("forked")
     for name in ("titanic_mlops", "nbs", "requirements"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", place)
 
-    def dry_run(*arguments: str) -> dict[str, str]:
+    def said(*arguments: str) -> str:
         done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from titanic_mlops.face.cli import main; main()",
-                "run",
-                "--dry-run",
-                *arguments,
-            ],
+            [sys.executable, "-c", "from titanic_mlops.face.cli import main; main()", "run", *arguments],
             env=own.environment(PYTHONPATH=str(place)),
             cwd=own.folder,
             capture_output=True,
@@ -53,9 +46,13 @@ def forked(finished, tmp_path_factory: pytest.TempPathFactory):
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return {line.split()[1]: line for line in done.stdout.splitlines() if line.strip()}
+        return done.stdout
 
-    return place, dry_run
+    def dry_run(*arguments: str) -> dict[str, str]:
+        lines = said("--dry-run", *arguments).splitlines()
+        return {line.split()[1]: line for line in lines if line.strip()}
+
+    return place, dry_run, said
 
 
 def fates(said: dict[str, str]) -> dict[str, str]:
@@ -80,7 +77,7 @@ def edited(file: Path, old: str, new: str):
 
 
 def test_nothing_runs_for_prose_a_comment_or_an_unrelated_module(forked):
-    place, dry_run = forked
+    place, dry_run, _ = forked
     package, notebook = place / "titanic_mlops", place / "nbs" / "pipeline" / "04_train.ipynb"
     with (
         edited(package / "model" / "train.py", "import ", "# a comment\nimport "),
@@ -92,7 +89,7 @@ def test_nothing_runs_for_prose_a_comment_or_an_unrelated_module(forked):
 
 
 def test_an_edited_helper_runs_what_uses_it_and_says_so(forked):
-    place, dry_run = forked
+    place, dry_run, _ = forked
     with edited(place / "titanic_mlops" / "model" / "train.py", "def fit(", "X = 1\n\n\ndef fit("):
         said = dry_run()
     assert fates(said)["ingest"] == fates(said)["validate"] == "="
@@ -102,7 +99,7 @@ def test_an_edited_helper_runs_what_uses_it_and_says_so(forked):
 
 
 def test_an_edited_cell_a_parameter_and_a_step_that_is_asked_for(forked):
-    place, dry_run = forked
+    place, dry_run, _ = forked
     with edited(place / "nbs" / "pipeline" / "07_score.ipynb", ".round(6)", ".round(5)"):
         said = dry_run()
     assert "the notebook's code changed" in said["score"] and fates(said)["promote"] == "="
@@ -114,6 +111,21 @@ def test_an_edited_cell_a_parameter_and_a_step_that_is_asked_for(forked):
         and "as asked" in said["evaluate"]
         and "as asked" in said["report"]
     )
+
+
+def test_a_second_checker_that_disagrees_bars_the_promotion(forked, finished):
+    place, _, run = forked
+    told = 'step.write_json(\\"expectations.json\\", docs'
+    with edited(
+        place / "nbs" / "pipeline" / "03_document.ipynb",
+        told,
+        told + ' | {\\"failed\\": [\\"expect_no_ghosts\\"]}',
+    ):
+        run()
+    decision = json.loads((finished[0].outputs("promote") / "decision.json").read_text())
+    [gate] = [one for one in decision["conditions"] if one["name"] == "data gate"]
+    assert not decision["promote"] and not gate["passed"] and "expect_no_ghosts broken" in gate["observed"]
+    assert "9 of 9 steps recalled" in run()  # and it was not for ever
 
 
 def kept(store: Path) -> tuple[steps.Job, cache.Key, Path]:
