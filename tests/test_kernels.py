@@ -314,6 +314,16 @@ def test_options_and_configuration_files_are_read(start):
         profile.unlink()
 
 
+def test_a_variable_that_a_library_reads_when_it_is_imported_counts(start):
+    code = "import numpy; print(numpy.__config__.CONFIG['SIMD Extensions']['found'])"
+    usual = start()(code)
+    feature = usual.strip("[]").split(", ")[-1].strip("'")  # of this processor
+    without = {**os.environ, "NPY_DISABLE_CPU_FEATURES": feature}
+    kernel = start(env=without)
+    assert warm(kernel)
+    assert kernel(code) == start("python3", env=without)(code) != usual
+
+
 def test_random_numbers_differ(start):
     code = "import random, numpy; print(random.random(), numpy.random.random(), numpy.random.default_rng().random())"
     first, second = (start()(code).split() for _ in range(2))

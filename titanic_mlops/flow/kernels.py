@@ -53,6 +53,7 @@ PRELOAD = (
 
 # %% ../../nbs/04_flow/00_kernels.ipynb #04c9e214
 _READ_AT_IMPORT = ("PYTHON", "LD_", "LC_", "LANG", "HOME", "XDG_", "MPLCONFIGDIR", "MATPLOTLIBRC", "MKL_", "KMP_",
+                   "NPY_", "NUMPY_", "SCIPY_", "PANDAS_", "ARROW_", "SKLEARN_", "JOBLIB_", "OPENBLAS_CORETYPE",
                    "PANDERA_", "MLFLOW_CONFIGURE_LOGGING", "MLFLOW_LOGGING_LEVEL")  # fmt: skip
 
 
