@@ -482,6 +482,21 @@ def test_a_database_on_a_full_disk_is_not_a_prefect_that_is_gone(tmp_path: Path,
     assert told == [] and explain(caught.value).what == "the disk is full (database or disk is full)"
 
 
+@pytest.mark.parametrize("how", ["KeyboardInterrupt", "TerminationSignal"])  # what Prefect makes of SIGTERM
+def test_who_is_asked_to_end_does_not_wait_for_jobs_under_way(tmp_path: Path, how: str):
+    from prefect.exceptions import TerminationSignal
+
+    kind = {"KeyboardInterrupt": KeyboardInterrupt, "TerminationSignal": TerminationSignal}[how]
+
+    def asked_to_end(*_):  # while the next job is submitted
+        raise kind(signal.SIGTERM)
+
+    run = pipeline._Run(Settings(store=tmp_path), None, lambda _: None, open_log(tmp_path / "log"))
+    with pytest.raises(kind):
+        pipeline._as_ready(run, [steps.Job("report")], {}, asked_to_end)
+    assert run.stop.pressed  # which ends their kernels
+
+
 # --- what runs once
 
 

@@ -202,25 +202,28 @@ def _as_ready(
     waiting = [job for job in jobs if job.name not in done]
     waiting.sort(key=lambda job: -len(downstream({job.step})))  # where more hangs on it, it goes first
     under_way = 0
-    while waiting or under_way:
-        for job in [job for job in waiting if all(other.name in done for other in needs(job, jobs))]:
-            waiting.remove(job)
-            inputs = {other.name: done[other.name] for other in needs(job, jobs)}
-            digests = {name: result.digest for name, result in inputs.items()}
-            key = key_of(job, digests | extra_inputs(job, run.settings))
-            work = partial(_do, run, job, key, inputs)
-            tell = lambda future, job=job, work=work: ended.put((job, work, future))
-            submit(job, key, work).add_done_callback(tell)
-            under_way += 1
-        try:
+    try:
+        while waiting or under_way:
+            for job in [job for job in waiting if all(other.name in done for other in needs(job, jobs))]:
+                waiting.remove(job)
+                inputs = {other.name: done[other.name] for other in needs(job, jobs)}
+                digests = {name: result.digest for name, result in inputs.items()}
+                key = key_of(job, digests | extra_inputs(job, run.settings))
+                work = partial(_do, run, job, key, inputs)
+                tell = lambda future, job=job, work=work: ended.put((job, work, future))
+                submit(job, key, work).add_done_callback(tell)
+                under_way += 1
             job, work, future = ended.get()
             found = future.result()
-        except KeyboardInterrupt:
+            # Prefect may have known the result: on record here it goes all the same
+            done[job.name] = found if isinstance(found, Result) else work()
+            under_way -= 1
+    except BaseException as error:
+        if not isinstance(
+            error, Exception
+        ):  # Ctrl-C at any point, or SIGTERM, which Prefect makes an exception
             run.stop.press()
-            raise
-        # Prefect may have known the result: on record here it goes all the same
-        done[job.name] = found if isinstance(found, Result) else work()
-        under_way -= 1
+        raise
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #c9f24220
 def _with_prefect(run: _Run, jobs: Sequence[Job], done: dict[str, Result]) -> None:
