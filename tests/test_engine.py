@@ -436,6 +436,7 @@ def test_a_prefect_server_that_goes_away_does_not_take_the_run_along(validated: 
     out, said = run.communicate(timeout=300)
     assert run.returncode == 0, out + said
     assert "the run goes on without it" in out
+    assert "EventsWorker" not in out + said  # one line is enough
     again = own.titanic("run", *QUICK)
     assert "9 of 9 steps recalled" in again.stdout
 

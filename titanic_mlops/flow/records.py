@@ -506,6 +506,8 @@ def part_from_prefect(
     from prefect.events.worker import EventsWorker
 
     workers = list(EventsWorker._instances.values())
+    for worker in workers:
+        worker._logger.disabled = True  # that it is not done after a second is no news
     EventsWorker.drain_all(timeout=seconds)
     for worker in workers:
         if worker._done_event and worker._loop and not worker._done_event.is_set():

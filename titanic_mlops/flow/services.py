@@ -362,6 +362,7 @@ def prefect_api(settings: Settings) -> Iterator[PrefectApi]:
         "PREFECT_HOME": str(settings.store / "prefect"),
         "PREFECT_LOCAL_STORAGE_PATH": str(settings.store / "prefect" / "storage"),
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # a page for each event that a dead server misses
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
     }
     given = _prefect_at(settings)
