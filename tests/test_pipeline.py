@@ -252,18 +252,21 @@ def test_a_killed_run_goes_on_and_comes_to_the_same(finished, fresh: Checkout):
         assert (fresh.outputs(job) / file).read_bytes() == (other.first[job] / file).read_bytes(), file
 
 
-def test_ctrl_c_is_not_an_error(finished):
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_is_not_an_error(finished, how: str):
     served, _ = finished
-    run = served.start("run", "seed=99", *QUICK)
     seen = len(served.events())
+    run = served.start("run", f"seed={getattr(signal, how) + 90}", *QUICK)
     deadline = time.monotonic() + 120
-    while not any(e.get("message", e.get("event")) == "job hit" for e in served.events()[seen:]):
+    while not any(e.get("message", e.get("event")) == "job cell" for e in served.events()[seen:]):
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.2)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
+    run.send_signal(getattr(signal, how))
+    _, said = run.communicate(timeout=30)
     assert run.returncode == 130
     assert "titanic run" in said and "Traceback" not in said
+    newest = runs(served, "tags.`mlflow.parentRunId` IS NULL")[0]  # of the pipelines
+    assert newest.info.status == "KILLED"
 
 
 # --- damaged

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from .screen import beside, console, escape, table
+from .screen import beside, console, escape, leave_as_with_ctrl_c, table
 
 from titanic_mlops.face import (
     document_commands,
@@ -296,6 +296,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say which steps would run, and why")] = False,
 ) -> None:
     "Run the pipeline: ingest, validate, document, train, evaluate, promote, score, report."
+    leave_as_with_ctrl_c()
     _require_pipeline()
     if not (force or from_step or multirun):
         from titanic_mlops.flow.records import clerk_ahead

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .screen import console, escape
+from .screen import console, escape, leave_as_with_ctrl_c
 
 from ..ground.errors import ParameterError, StepError
 from ..ground.settings import Settings, settings, titanic_command
@@ -288,16 +287,6 @@ def _put_aside(store: Path) -> None:
         for folder in old:
             folder.rename(place / folder.name)
 
-
-def _end_on_sigterm() -> None:
-    "Leave by the same way as with Ctrl-C, so that no process stays behind."
-
-    def leave(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, leave)
-
 # %% ../../nbs/07_face/11_drill.ipynb #b7ff621e
 def _free_port() -> int:
     with socket.socket() as found:
@@ -361,7 +350,7 @@ def rehearse(
     from titanic_mlops.watch.rehearsal import traffic
 
     start, overrides = time.monotonic(), SHORT if short else QUICK
-    _end_on_sigterm()
+    leave_as_with_ctrl_c()
     _put_aside(own.store)
     own = own.model_copy(update={"incident_overrides": overrides})
     number, digest = _champion(own)

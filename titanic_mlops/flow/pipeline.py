@@ -47,7 +47,7 @@ from titanic_mlops.flow.records import (
 )
 from .services import PrefectApi, preflight, prefect_api, running
 from .steps import NEEDS, Job, needs, notebook_of, plan, unread_parameters
-from ..ground.errors import ParameterError, StoreError, explain, nearest
+from ..ground.errors import ParameterError, StepError, StoreError, explain, nearest
 from ..ground.logs import open_log
 from ..ground.settings import Settings
 from ..ground.store import write_atomic
@@ -173,6 +173,8 @@ def _do(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result]) -> Result:
         why = "as asked" if job.step in run.again else why_unknown(job, key, run.settings.store)
         why = "" if why == NEVER else why or "the registry's champion is another one by now"
         with run.seats:
+            if run.failed or run.stop.pressed:  # while it waited for a seat
+                raise StepError("not started: the run is ending", where=job.name, do="titanic run")
             return _carry_out(run, job, key, inputs, why)
 
 

@@ -132,7 +132,16 @@ def parameters_model(
             for node in nodes:
                 line = node.lineno
                 name, found = _parameter(node, comments)
+                if name in fields or name == "model_config":  # which pydantic would swallow
+                    raise ParameterError(
+                        f"{name!r} is there twice, or is no name for a parameter",
+                        where=f"{place} {line}",
+                        rule="a parameter has a name of its own, and model_config is pydantic's",
+                        do="give it another name",
+                    )
                 fields[name], places[name] = found, f"{place} {line}"
+        except ParameterError:
+            raise
         except Exception as error:  # an annotation raises whatever it likes
             raise _unreadable(error, f"{place} {line or getattr(error, 'lineno', 0)}") from None
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
