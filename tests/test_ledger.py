@@ -397,7 +397,7 @@ def test_the_whole_chain_is_whole(story):
         chain = verify(ours, own.outputs("score") / name)
         assert not chain.broken, [link for link in chain.links if not link.whole]
         names = [link.name for link in chain.links]
-        steps = ["score", "promote", "evaluate", "train.logistic", "validate", "ingest"]
+        steps = ["score", "promote", "evaluate", "train.logistic", "document", "validate", "ingest"]
         wanted = {
             *(f"step {step}" for step in steps),
             "scored file",
@@ -423,6 +423,7 @@ BROKEN = {  # what is changed, below the store -> the link that must be named
     "steps/evaluate/*/outputs/evaluation.json": "step evaluate",
     "steps/train.logistic/*/outputs/model.skops": "step train.logistic",
     "steps/validate/*/outputs/rows.parquet": "step validate",
+    "steps/document/*/outputs/expectations.json": "step document",
     "steps/ingest/*/outputs/snapshot.json": "step ingest",
     "bundles/{digest}/bundle.json": "bundle",
     "mlartifacts/{run}/artifacts/model/*/data/bundle/model.onnx": "bundle",
