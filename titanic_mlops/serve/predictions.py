@@ -172,7 +172,7 @@ class _Encoding:
 
     def __init__(self, encoder: Encoder):
         self.queue: deque[Answer] = deque()
-        self.encoder, self.behind = encoder, 0  # answers that are encoded and not written
+        self.encoder, self.behind = encoder, 0  # answers that have left the queue and are not written
         self._waiting: deque[tuple[bytes, int]] = deque()
         self._number = 0  # of the next answer to be encoded
 
@@ -182,9 +182,9 @@ class _Encoding:
         while queue and limit > 0:
             size = min(len(queue), PORTION)
             answers = [queue.popleft() for _ in range(size)]
+            self.behind += size  # at once: who is counted nowhere leaves a place for one too many
             self._waiting.append((self.encoder.frame(answers, self._number), size))
             self._number += size
-            self.behind += size
             limit -= size
             time.sleep(0.0001)  # whoever waits for Python's lock has it now
 
