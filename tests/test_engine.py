@@ -500,6 +500,15 @@ def test_who_is_asked_to_end_does_not_wait_for_jobs_under_way(tmp_path: Path, ho
     assert run.stop.pressed  # which ends their kernels
 
 
+def test_a_job_that_gets_its_seat_too_late_says_what_failed_before_it(tmp_path: Path):
+    told: list[pipeline.Event] = []
+    run = pipeline._Run(Settings(store=tmp_path), None, told.append, open_log(tmp_path / "log"))
+    run.failure = StepError("the first one", where="train.logistic")
+    with pytest.raises(StepError, match="the first one"):
+        pipeline._do(run, steps.Job("report"), cache.Key({"code": "1"}), {})
+    assert told == []  # it was not started
+
+
 # --- what runs once
 
 

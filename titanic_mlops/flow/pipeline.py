@@ -114,7 +114,7 @@ class _Run:
     stop: Stop = field(default_factory=Stop)
     seats: Any = field(default_factory=nullcontext)  # what bounds the notebooks that run side by side
     turn: Any = field(default_factory=nullcontext)  # what puts promotions in order
-    failed: bool = False  # a job has, not the machinery around it
+    failure: BaseException | None = None  # of the job that failed first, not of the machinery around it
     lock: threading.RLock = field(default_factory=threading.RLock)
     last: dict[str, tuple[float, Event]] = field(default_factory=dict)  # when each job spoke last
 
@@ -173,7 +173,9 @@ def _do(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result]) -> Result:
         why = "as asked" if job.step in run.again else why_unknown(job, key, run.settings.store)
         why = "" if why == NEVER else why or "the registry's champion is another one by now"
         with run.seats:
-            if run.failed or run.stop.pressed:  # while it waited for a seat
+            if run.failure:  # while this one waited for a seat: what failed first is what the run says
+                raise run.failure
+            if run.stop.pressed:
                 raise StepError("not started: the run is ending", where=job.name, do="titanic run")
             return _carry_out(run, job, key, inputs, why)
 
@@ -186,7 +188,7 @@ def _carry_out(run: _Run, job: Job, key: Key, inputs: Mapping[str, Result], why:
         tell_cell = lambda cell, cells, text: run.tell(Event("cell", job.name, cell, cells, text))
         result = execute_on_record(job, key, inputs, run.settings, run.tracker, tell_cell, run.stop)
     except BaseException as error:
-        run.failed = True
+        run.failure = run.failure or error
         run.tell(Event("failed", job.name, text=str(error), seconds=time.monotonic() - started))
         raise
     run.tell(Event("finished", job.name, seconds=time.monotonic() - started))
@@ -220,11 +222,10 @@ def _as_ready(
             # Prefect may have known the result: on record here it goes all the same
             done[job.name] = found if isinstance(found, Result) else work()
             under_way -= 1
-    except BaseException as error:
-        if not isinstance(
-            error, Exception
-        ):  # Ctrl-C at any point, or SIGTERM, which Prefect makes an exception
-            run.stop.press()
+    except Exception:
+        raise
+    except BaseException:  # Ctrl-C at any point, or SIGTERM, of which Prefect makes an exception
+        run.stop.press()
         raise
 
 # %% ../../nbs/04_flow/07_pipeline.ipynb #c9f24220
@@ -293,7 +294,7 @@ def _all_jobs(run: _Run, jobs: Sequence[Job]) -> dict[str, Result]:
     try:
         _with_prefect(run, jobs, done)
     except Exception as error:
-        if run.failed or run.stop.pressed or explain(error):
+        if run.failure or run.stop.pressed or explain(error):
             raise
         text = f"Prefect's API is gone ({type(error).__name__}); the run goes on without it"
         run.tell(Event("notice", text=text))
