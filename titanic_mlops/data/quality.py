@@ -300,7 +300,8 @@ def data_docs(
     result = next(iter(context.checkpoints.add(checkpoint).run({"dataframe": frame}).run_results.values()))
     met = sum(r.success for r in result.results)
     graver = [r for r in result.results if not r.success and r.expectation_config.severity != "info"]
-    failed = [r.expectation_config.type for r in graver]
+    place = lambda config: config.kwargs.get("column") or "the table"
+    failed = [f"{r.expectation_config.type} of {place(r.expectation_config)}" for r in graver]
     return {
         "success": not failed,  # a rule that only warns fails nothing
         "met": met,

@@ -134,9 +134,11 @@ def parameters_model(
                 name, found = _parameter(node, comments)
                 if name in fields or name == "model_config":  # which pydantic would swallow
                     raise ParameterError(
-                        f"{name!r} is there twice, or is no name for a parameter",
+                        f"parameter {name!r} is there twice"
+                        if name in fields
+                        else f"{name!r} is a name that pydantic uses",
                         where=f"{place} {line}",
-                        rule="a parameter has a name of its own, and model_config is pydantic's",
+                        rule="a parameter has a name of its own",
                         do="give it another name",
                     )
                 fields[name], places[name] = found, f"{place} {line}"
