@@ -2464,6 +2464,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'titanic_mlops/serve/columns.py'),
                                              'titanic_mlops.serve.columns.Encoder._deck': ( '05_serve/columns.html#encoder._deck',
                                                                                             'titanic_mlops/serve/columns.py'),
+                                             'titanic_mlops.serve.columns.Encoder._title': ( '05_serve/columns.html#encoder._title',
+                                                                                             'titanic_mlops/serve/columns.py'),
                                              'titanic_mlops.serve.columns.Encoder.derive': ( '05_serve/columns.html#encoder.derive',
                                                                                              'titanic_mlops/serve/columns.py'),
                                              'titanic_mlops.serve.columns._Groups': ( '05_serve/columns.html#_groups',

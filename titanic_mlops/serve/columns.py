@@ -369,14 +369,12 @@ class Encoder:
 
     def __call__(self, batch: "pa.RecordBatch") -> Encoded:
         "The rows of a batch, which keep the contract."
-        import pyarrow as pa
-
-        names = _cells(batch, "name")
-        if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
-            names = names.cast(pa.large_string())
         age, limits = _real(_cells(batch, "age")), _age_limits()
         parts = {name: _choice_codes(_cells(batch, name), known) for name, known in self._choices.items()}
-        parts |= {"title": self._titles(names), "pclass": _whole(_cells(batch, "pclass"), 1, 3)}
+        parts |= {
+            "title": self._title(_cells(batch, "name")),
+            "pclass": _whole(_cells(batch, "pclass"), 1, 3),
+        }
         parts["size"] = 1 + _whole(_cells(batch, "sibsp"), 0, 30) + _whole(_cells(batch, "parch"), 0, 30)
         parts["side"] = np.isnan(age) * np.int32(len(limits) + 1)
         for limit in limits:
@@ -386,6 +384,19 @@ class Encoder:
             number = (number << bits) | parts[name]
         fare = _fare_codes(_real(_cells(batch, "fare")), parts["size"])
         return Encoded(self.groups(number), fare, age)
+
+    def _title(self, names: "pa.Array") -> np.ndarray:
+        "The number of each name's title; a name that stands there many times is looked at once."
+        import pyarrow as pa
+
+        if pa.types.is_dictionary(names.type) and len(names.dictionary) < len(names):
+            try:
+                return self._title(names.dictionary)[names.indices.to_numpy(zero_copy_only=False)]
+            except UnicodeDecodeError:  # the name of a row that was rejected
+                pass
+        if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
+            names = names.cast(pa.large_string())
+        return self._titles(names)
 
     def _deck(self, batch: "pa.RecordBatch") -> np.ndarray:
         "A number for the deck of each cabin."
