@@ -38,6 +38,7 @@ def mendable(done: subprocess.CompletedProcess, *wanted: str) -> None:
         (["model.candidates.logistic.hyperparameters.D=1"], [".D'", ".C'"]),
         (["seed=1,2"], ["-m"]),
         (["+new=1"], ["new"]),
+        (["model.candidates={}"], ["model.candidates", "changes nothing"]),
         (["profile=gcp"], ["TITANIC_BUCKET", "profile.settings"]),
         (["profile=gpc"], ["'gpc'", "gcp"]),
         (["just words"], ["name=value"]),

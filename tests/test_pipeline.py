@@ -193,6 +193,7 @@ def test_a_sweep(finished):
     known = {run.info.run_id for run in runs(own)}
     done = own.titanic("run", "-m", "seed=1,2,3", "model=logistic", *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"run {n}  seed={n}\n" in done.stdout for n in (1, 2, 3)), done.stdout
     new = [run for run in runs(own) if run.info.run_id not in known and run.info.run_name == "pipeline"]
     assert sorted(run.data.params["seed"] for run in new) == ["1", "2", "3"]
     assert {run.info.status for run in new} == {"FINISHED"}

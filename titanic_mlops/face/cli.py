@@ -8,6 +8,7 @@ __all__ = ['app', 'main', 'run', 'report', 'steps', 'config', 'up', 'down', 'doc
 # %% ../../nbs/07_face/01_cli.ipynb #e2b16751
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -310,8 +311,8 @@ def run(
 
     again = steps_from("ingest" if force else from_step)
     if dry_run:
-        for config, place in zip(configs, own, strict=True):
-            _show_outlook(config, place, again, len(configs) > 1)
+        for heading, config, place in zip(_told_apart(configs), configs, own, strict=True):
+            _show_outlook(config, place, again, heading if len(configs) > 1 else "")
     elif len(configs) > 1:
         _sweep(configs, own, again)
     else:
@@ -320,13 +321,12 @@ def run(
         _show_summary(summary, own[0])
 
 # %% ../../nbs/07_face/01_cli.ipynb #daf979db
-def _show_outlook(config: Any, own: Settings, again: set[str], sweep: bool) -> None:
+def _show_outlook(config: Any, own: Settings, again: set[str], heading: str) -> None:
     "What a run would do, and why."
-
     from titanic_mlops.flow.pipeline import dry_run
 
-    if sweep:
-        console().print(f"\n{_told_apart(config)}")
+    if heading:
+        console().print(f"\n{escape(heading)}")
     signs = {"recall": "[cyan]=[/]", "run": "[yellow]▸[/]", "wait": "[dim]?[/]"}
     words = {"recall": "would be recalled", "run": "would run", "wait": "may run"}
     for o in dry_run(config, own, again):
@@ -344,34 +344,55 @@ def _sweep(configs: list[Any], own: list[Settings], again: set[str]) -> None:
             lambda event, n=n: listener(replace(event, job=f"{n} {event.job}"))
             for n in range(1, len(own) + 1)
         ]
-        for n, config in enumerate(configs, 1):
-            console().print(f"[bold]run {n}[/]  {_told_apart(config)}")
+        for n, heading in enumerate(_told_apart(configs), 1):
+            console().print(f"[bold]run {n}[/]  {escape(heading)}")
         ends = run_sweep(configs, own, listeners, again)
-    good = [
-        (config, end) for config, end in zip(configs, ends, strict=True) if not isinstance(end, BaseException)
-    ]
+    good = [(n, end) for n, end in enumerate(ends) if not isinstance(end, BaseException)]
     if good:
-        _show_sweep([config for config, _ in good], [end for _, end in good])
-        _show_summary(good[-1][1], own[-1])
+        _show_sweep(_differences(configs), good)
+        last, end = good[-1]
+        _show_summary(end, own[last])
     failed = [end for end in ends if isinstance(end, BaseException)]
     if failed:
         console().print(f"\n{len(failed)} of {len(ends)} runs failed; the first:")
         raise failed[0]
 
 # %% ../../nbs/07_face/01_cli.ipynb #cf8c6451
-def _told_apart(config: Any) -> str:
-    return f"seed={config.seed} model={','.join(config.model.candidates)} profile={config.profile.name}"
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    "The values of a configuration by their dotted names; a group goes by the name of its choice as well."
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    if name in ("model", "profile"):
+        yield name, value.get("name") or ",".join(value["candidates"])
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{name}.{key}".lstrip("."))
 
 
-def _show_sweep(configs: list[Any], summaries: list["Summary"]) -> None:
+def _differences(configs: list[Any]) -> dict[str, list[Any]]:  # dotted name -> the value of each
+    "In what configurations differ; the parts of a group are left out where another one is chosen."
+    each = [dict(_leaves(config.model_dump(mode="json"))) for config in configs]
+    names = list(dict.fromkeys(name for one in each for name in one))
+    found = {name: [one.get(name) for one in each] for name in names}
+    found = {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+    chosen = tuple(f"{group}." for group in ("model", "profile") if group in found)
+    return {name: values for name, values in found.items() if not name.startswith(chosen)}
+
+
+def _told_apart(configs: list[Any]) -> list[str]:  # a heading for each
+    "What is a run's own in a sweep."
+    found = _differences(configs)
+    return [" ".join(f"{name}={values[n]}" for name, values in found.items()) for n in range(len(configs))]
+
+
+def _show_sweep(differences: dict[str, list[Any]], ends: list[tuple[int, "Summary"]]) -> None:
     "The runs of a sweep side by side."
-    rows = table("run", "seed", "models", "chosen", "log loss", "accuracy", "gate")
-    for config, summary in zip(configs, summaries, strict=True):
+    rows = table("run", *differences, "chosen", "log loss", "accuracy", "gate")
+    for n, summary in ends:
         loss, accuracy = summary.figures["log_loss"], summary.figures["accuracy"]
         rows.add_row(
             summary.run_id[:8],
-            str(config.seed),
-            ",".join(config.model.candidates),
+            *(escape(str(values[n])) for values in differences.values()),
             summary.chosen,
             f"{loss['value']:.3f}",
             f"{accuracy['value']:.3f}",

@@ -136,6 +136,13 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
                 rule="overrides change values that exist",
                 do="leave out the + or ~; the values there are: titanic config",
             )
+        if parsed[-1].value() == {}:
+            raise ParameterError(
+                f"{text!r} changes nothing",
+                where="command line",
+                rule="a mapping is merged into the one that is there",
+                do="name the value to change, or choose another group: titanic config",
+            )
     return parsed
 
 
