@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +18,7 @@ from titanic_mlops.data.contract import Passenger
 from titanic_mlops.ground.settings import settings
 from titanic_mlops.serve.batch import PART_ROWS, Task, score
 from titanic_mlops.serve.columns import open_model
+from titanic_mlops.serve.ray_batch import _shares
 
 HERE = Path(__file__).parent
 
@@ -44,6 +46,21 @@ def on_two_nodes(folder: Path, *arguments: object) -> dict:
 NEEDS = pytest.mark.skipif(
     not shutil.which("unshare") or not shutil.which("ip"), reason="needs unshare and ip (Linux)"
 )
+
+
+@pytest.mark.parametrize("group", [1000, PART_ROWS, 1_000_000, 50_000_000])
+@pytest.mark.parametrize("start", [0, PART_ROWS, 7 * PART_ROWS])
+def test_what_a_worker_gets_begins_at_a_part_and_takes_a_row_group_whole(group: int, start: int):
+    rows = 20 * PART_ROWS + 7
+    begins = [*range(0, rows, group), rows]
+    found = _shares(SimpleNamespace(rows=rows, begins=begins), start, processors=2)
+    edges = [found[0]["start"], *(one["stop"] for one in found)]
+    assert edges[0] == start and edges[-1] == rows
+    assert edges[:-1] == [one["start"] for one in found] and edges == sorted(set(edges))
+    assert all((edge - start) % PART_ROWS == 0 for edge in edges[:-1])
+    for one in found[1:]:  # what must be read and thrown away before it
+        assert one["start"] - max(edge for edge in begins if edge <= one["start"]) < PART_ROWS
+    assert len(found) >= min(6, (rows - start) // max(group, PART_ROWS))
 
 
 @pytest.mark.long

@@ -3342,6 +3342,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'titanic_mlops/serve/ray_batch.py'),
                                                'titanic_mlops.serve.ray_batch._join_cluster': ( '05_serve/ray_batch.html#_join_cluster',
                                                                                                 'titanic_mlops/serve/ray_batch.py'),
+                                               'titanic_mlops.serve.ray_batch._shares': ( '05_serve/ray_batch.html#_shares',
+                                                                                          'titanic_mlops/serve/ray_batch.py'),
                                                'titanic_mlops.serve.ray_batch.score': ( '05_serve/ray_batch.html#score',
                                                                                         'titanic_mlops/serve/ray_batch.py'),
                                                'titanic_mlops.serve.ray_batch.scores': ( '05_serve/ray_batch.html#scores',

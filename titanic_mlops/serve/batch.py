@@ -20,6 +20,7 @@ import os
 import struct
 import time
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -186,6 +187,8 @@ class ParquetRows:
         header = [name for name in self._parquet.schema_arrow.names if name != "__index_level_0__"]
         if not self.rows:
             raise SourceError("the file holds no rows", where=file.address, do="check where it comes from")
+        groups = (self._parquet.metadata.row_group(n) for n in range(self._parquet.num_row_groups))
+        self.begins = list(itertools.accumulate((one.num_rows for one in groups), initial=0))  # of row groups
         self._names = match_layout(header, file.address)[1]
         kinds = [pa.field(self._names[n], self._parquet.schema_arrow.field(n).type) for n in header]
         require_columns(pa.schema(kinds), file.address)
@@ -205,9 +208,10 @@ class ParquetRows:
         only: Sequence[str] = (),  # contract columns to read; all if empty
     ) -> Iterator[Rows]:
         taken = [name for name, said in self._names.items() if not only or said in only]
-        groups, first = list(range(self._parquet.num_row_groups)), 0
-        while groups and first + self._parquet.metadata.row_group(groups[0]).num_rows <= start:
-            first += self._parquet.metadata.row_group(groups.pop(0)).num_rows
+        if start >= self.rows:
+            return
+        group = bisect_right(self.begins, start) - 1  # the first that holds a row that is wanted
+        groups, first = list(range(group, self._parquet.num_row_groups)), self.begins[group]
         with self._readable():
             for batch in self._parquet.iter_batches(
                 BATCH_ROWS, row_groups=groups, columns=taken, use_threads=False

@@ -9,8 +9,10 @@ __all__ = ['Worker', 'scores', 'score']
 import json
 import math
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,21 @@ def _join_cluster() -> int:  # processors of the cluster
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+_SHARE = 4 * PART_ROWS  # rows; what Ray spends on each share is little beside them
+
+
+def _shares(rows: ParquetRows, start: int, processors: int) -> list[dict[str, int]]:
+    "The parts of a file behind a row, those that begin in one row group together: it can be read from its start only."
+    parts, found = range(start, rows.rows, PART_ROWS), [start]
+    enough = min(_SHARE, len(parts) * PART_ROWS // (4 * processors))  # so that all have to do to the end
+    for _, together in groupby(parts, lambda at: bisect_right(rows.begins, at)):
+        first = next(together)
+        if first - found[-1] >= max(enough, 1):
+            found.append(first)
+    ends = [*found[1:], rows.rows]
+    return [{"start": a, "stop": b} for a, b in zip(found, ends, strict=True) if a < b]
+
+
 def scores(
     processors: int,
     model: ColumnModel,
@@ -86,7 +103,7 @@ def scores(
     import ray
 
     if isinstance(rows, ParquetRows):
-        asked = [{"start": at, "stop": at + PART_ROWS} for at in range(start, rows.rows, PART_ROWS)]
+        asked = _shares(rows, start, processors)
     else:
         asked = [{"start": start, "stop": math.inf}]
     if not asked:
