@@ -22,6 +22,15 @@ QUIET = {
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 os.environ.update(QUIET)
+LONGEST = (
+    "test_engine",
+    "test_pipeline",
+    "test_notebooks",
+    "test_incident",
+    "test_wheel",
+    "test_gate",
+    "test_ray",
+)
 # Kernels, and the processes that they are forked from, are those of this test process alone.
 os.environ["JUPYTER_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="titanic-runtime-")
 signal.signal(
@@ -69,8 +78,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    "The longest file first, so that no process is left waiting for the other."
-    items.sort(key=lambda item: (item.path.name != "test_pipeline.py", item.path.name != "test_cli.py"))
+    "The longest files first, so that no process is left waiting for the other at the end."
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture
