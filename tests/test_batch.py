@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from checkout import BIN, NOT_FOR_SERVERS, ROOT, Checkout, checkout
@@ -395,6 +396,24 @@ def test_the_champion_of_a_store_without_mlflow_in_the_process(bundle: Path):
         [str(BIN / "python"), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert not {*NOT_FOR_SERVERS, "fastcore"} & set(done.stdout.split())
+
+
+def test_a_file_is_never_in_memory_as_a_whole(tmp_path: Path):
+    rows, group = 1_200_000, 100_000
+    name = pc.utf8_lpad(pa.array(np.arange(rows)).cast(pa.string()), 40)
+    filler = dict(pclass=3, sex="male", sibsp=0, parch=0, ticket="1")
+    columns = {"name": name, **{k: pa.repeat(v, rows) for k, v in filler.items()}}
+    columns["age"] = columns["fare"] = pa.array(np.random.default_rng(1).uniform(1, 80, rows))
+    columns["embarked"], columns["cabin"] = pa.repeat("S", rows), pa.nulls(rows, pa.string())
+    file = tmp_path / "list.parquet"
+    pq.write_table(pa.table(columns), file, row_group_size=group, compression="NONE", use_dictionary=False)
+    del name, columns
+    [found], _ = scoring.find_files(str(file))
+    before, most, seen = pa.total_allocated_bytes(), 0, 0
+    for some in scoring.open_rows(found)():
+        seen += len(some.batch)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert seen == rows and most < file.stat().st_size / 2, f"{most / 1e6:.0f} MB"
 
 
 # --- buckets

@@ -2256,6 +2256,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch.ParquetRows.__init__': ( '05_serve/batch.html#parquetrows.__init__',
                                                                                                'titanic_mlops/serve/batch.py'),
+                                           'titanic_mlops.serve.batch.ParquetRows._fetched_together': ( '05_serve/batch.html#parquetrows._fetched_together',
+                                                                                                        'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch.ParquetRows._readable': ( '05_serve/batch.html#parquetrows._readable',
                                                                                                 'titanic_mlops/serve/batch.py'),
                                            'titanic_mlops.serve.batch.Places': ( '05_serve/batch.html#places',

@@ -32,6 +32,7 @@ import numpy as np
 
 from ..data.contract import CONTRACT_VERSION, ROW_RULES, Column, columns, rule_text
 from titanic_mlops.data.rowcheck import (
+    PIECEMEAL,
     looks_of,
     plain,
     repeating_columns,
@@ -178,11 +179,11 @@ class ParquetRows:
 
         self._file, self._handle = file, file.path if file.is_local else file.open()
         with self._readable():
-            some = partial(pq.ParquetFile, buffer_size=1 << 20)  # not a whole column
-            with some(self._handle) as parquet:
+            with pq.ParquetFile(self._handle, **PIECEMEAL) as parquet:
                 repeating = repeating_columns(parquet)
             self._handle = file.path if file.is_local else file.open()
-            self._parquet = some(self._handle, read_dictionary=repeating)
+            fetching = PIECEMEAL if file.is_local else {"pre_buffer": True}  # few requests to a bucket
+            self._parquet = pq.ParquetFile(self._handle, read_dictionary=repeating, **fetching)
         self.rows: int = self._parquet.metadata.num_rows
         header = [name for name in self._parquet.schema_arrow.names if name != "__index_level_0__"]
         if not self.rows:
@@ -211,16 +212,27 @@ class ParquetRows:
         if start >= self.rows:
             return
         group = bisect_right(self.begins, start) - 1  # the first that holds a row that is wanted
-        groups, first = list(range(group, self._parquet.num_row_groups)), self.begins[group]
+        first = self.begins[group]
         with self._readable():
-            for batch in self._parquet.iter_batches(
-                BATCH_ROWS, row_groups=groups, columns=taken, use_threads=False
-            ):
-                skipped = min(max(start - first, 0), len(batch))
-                named = batch.slice(skipped).rename_columns([self._names[n] for n in batch.schema.names])
-                first += len(batch)
-                if len(named):
-                    yield Rows(first - len(named), named, (), first / self.rows)
+            for groups in self._fetched_together(group):
+                for batch in self._parquet.iter_batches(
+                    BATCH_ROWS, row_groups=groups, columns=taken, use_threads=False
+                ):
+                    skipped = min(max(start - first, 0), len(batch))
+                    named = batch.slice(skipped).rename_columns([self._names[n] for n in batch.schema.names])
+                    first += len(batch)
+                    if len(named):
+                        yield Rows(first - len(named), named, (), first / self.rows)
+
+    def _fetched_together(self, group: int) -> Iterator[list[int]]:
+        "The row groups from one on: of a bucket some at a time, as Arrow keeps what it has fetched until it is asked anew."
+        some: list[int] = []
+        for one in range(group, self._parquet.num_row_groups):
+            if some and not self._file.is_local and self.begins[one] - self.begins[some[0]] >= 4 * BATCH_ROWS:
+                yield some
+                some = []
+            some.append(one)
+        yield some
 
 # %% ../../nbs/05_serve/12_batch.ipynb #ae330bd5
 @contextmanager
