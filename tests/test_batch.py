@@ -75,10 +75,11 @@ def test_features_of_dictionaries_frames_and_columns_are_the_same(records: list[
     [batch] = table.combine_chunks().to_batches()
     encoder = Encoder(with_deck=True)
     arrow = encoder.derive(encoder(batch))
-    coded = pa.concat_batches([batch, batch])
-    coded = coded.set_column(coded.schema.get_field_index("name"), "name", coded["name"].dictionary_encode())
-    for name, values in encoder.derive(encoder(coded)).items():
-        assert all(map(same, values, [*arrow[name], *arrow[name]])), name
+    for order in (1, -1):  # names as codes, of one dictionary and then of another
+        coded = pa.concat_batches([batch, batch]).take(pa.array(np.arange(2 * len(batch))[::order]))
+        place, names = coded.schema.get_field_index("name"), coded["name"].dictionary_encode()
+        for name, values in encoder.derive(encoder(coded.set_column(place, "name", names))).items():
+            assert all(map(same, values[::order], [*arrow[name], *arrow[name]])), name
     frame = feature_frame(pd.DataFrame(table.to_pylist()))
     for row, record in enumerate(records):
         wanted = features(record)

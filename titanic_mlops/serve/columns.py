@@ -366,6 +366,7 @@ class Encoder:
             if c.name in ("sex", "embarked")
         }
         self.groups = _Groups(self._titles, self._choices)
+        self._spelled, self._coded = None, np.zeros(0, np.int32)  # the last dictionary of names, its titles
 
     def __call__(self, batch: "pa.RecordBatch") -> Encoded:
         "The rows of a batch, which keep the contract."
@@ -391,7 +392,9 @@ class Encoder:
 
         if pa.types.is_dictionary(names.type) and len(names.dictionary) < len(names):
             try:
-                return self._title(names.dictionary)[names.indices.to_numpy(zero_copy_only=False)]
+                if self._spelled is None or not names.dictionary.equals(self._spelled):
+                    self._spelled, self._coded = names.dictionary, self._title(names.dictionary)
+                return self._coded[names.indices.to_numpy(zero_copy_only=False)]
             except UnicodeDecodeError:  # the name of a row that was rejected
                 pass
         if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
