@@ -16,6 +16,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import struct
 import time
@@ -169,6 +170,21 @@ class Rows:
     rejected: Sequence[Rejected]  # what could not enter the batch
     share: float  # of the file that is read after them, 0 to 1
 
+# %% ../../nbs/05_serve/12_batch.ipynb #7d02be41
+def _together(
+    begins: Sequence[int],  # of each row group, a row number; the last is the file's end
+    group: int,  # the first to be read
+    rows: float,  # that are enough
+) -> Iterator[list[int]]:
+    "Row groups to be read in one go: what Arrow fetches ahead from a bucket it keeps until it is asked anew."
+    some: list[int] = []
+    for one in range(group, len(begins) - 1):
+        if some and begins[one] - begins[some[0]] >= rows:
+            yield some
+            some = []
+        some.append(one)
+    yield some
+
 # %% ../../nbs/05_serve/12_batch.ipynb #fd20dfbc
 class ParquetRows:
     "Rows of a Parquet file. Raises `SourceError` or `ContractError`."
@@ -214,7 +230,7 @@ class ParquetRows:
         group = bisect_right(self.begins, start) - 1  # the first that holds a row that is wanted
         first = self.begins[group]
         with self._readable():
-            for groups in self._fetched_together(group):
+            for groups in _together(self.begins, group, math.inf if self._file.is_local else 4 * BATCH_ROWS):
                 for batch in self._parquet.iter_batches(
                     BATCH_ROWS, row_groups=groups, columns=taken, use_threads=False
                 ):
@@ -223,16 +239,6 @@ class ParquetRows:
                     first += len(batch)
                     if len(named):
                         yield Rows(first - len(named), named, (), first / self.rows)
-
-    def _fetched_together(self, group: int) -> Iterator[list[int]]:
-        "The row groups from one on: of a bucket some at a time, as Arrow keeps what it has fetched until it is asked anew."
-        some: list[int] = []
-        for one in range(group, self._parquet.num_row_groups):
-            if some and not self._file.is_local and self.begins[one] - self.begins[some[0]] >= 4 * BATCH_ROWS:
-                yield some
-                some = []
-            some.append(one)
-        yield some
 
 # %% ../../nbs/05_serve/12_batch.ipynb #ae330bd5
 @contextmanager

@@ -351,6 +351,29 @@ class _Groups:
         somebody |= {"pclass": parts["pclass"], "sibsp": parts["size"] - 1, "parch": 0}
         return features(somebody) | ({"deck": list(self.decks)[number]} if self.decks else {})
 
+# %% ../../nbs/05_serve/11_columns.ipynb #5c1f7a2e
+class _NameTitles:
+    "The titles of a column of names; a name that stands there many times is looked at once."
+
+    def __init__(self, titles: _Titles):
+        self._titles = titles
+        self._dictionary: pa.Array | None = None  # the last one
+        self._codes = np.zeros(0, np.int32)  # of its names
+
+    def __call__(self, names: "pa.Array") -> np.ndarray:  # as `_Titles` has them
+        import pyarrow as pa
+
+        if pa.types.is_dictionary(names.type) and len(names.dictionary) < len(names):
+            try:
+                if self._dictionary is None or not names.dictionary.equals(self._dictionary):
+                    self._codes, self._dictionary = self(names.dictionary), names.dictionary
+                return self._codes[names.indices.to_numpy(zero_copy_only=False)]
+            except UnicodeDecodeError:  # the name of a row that was rejected
+                pass
+        if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
+            names = names.cast(pa.large_string())
+        return self._titles(names)
+
 # %% ../../nbs/05_serve/11_columns.ipynb #0b70b868
 class Encoder:
     "Turns batches into `Encoded`, and knows the features of each group. Not for several threads at once."
@@ -366,7 +389,7 @@ class Encoder:
             if c.name in ("sex", "embarked")
         }
         self.groups = _Groups(self._titles, self._choices)
-        self._spelled, self._coded = None, np.zeros(0, np.int32)  # the last dictionary of names, its titles
+        self._title = _NameTitles(self._titles)
 
     def __call__(self, batch: "pa.RecordBatch") -> Encoded:
         "The rows of a batch, which keep the contract."
@@ -385,21 +408,6 @@ class Encoder:
             number = (number << bits) | parts[name]
         fare = _fare_codes(_real(_cells(batch, "fare")), parts["size"])
         return Encoded(self.groups(number), fare, age)
-
-    def _title(self, names: "pa.Array") -> np.ndarray:
-        "The number of each name's title; a name that stands there many times is looked at once."
-        import pyarrow as pa
-
-        if pa.types.is_dictionary(names.type) and len(names.dictionary) < len(names):
-            try:
-                if self._spelled is None or not names.dictionary.equals(self._spelled):
-                    self._spelled, self._coded = names.dictionary, self._title(names.dictionary)
-                return self._coded[names.indices.to_numpy(zero_copy_only=False)]
-            except UnicodeDecodeError:  # the name of a row that was rejected
-                pass
-        if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
-            names = names.cast(pa.large_string())
-        return self._titles(names)
 
     def _deck(self, batch: "pa.RecordBatch") -> np.ndarray:
         "A number for the deck of each cabin."

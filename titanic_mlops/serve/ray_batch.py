@@ -67,16 +67,7 @@ class Worker:
         found = [score_batch(self.model, one.batch, one.first, one.rejected) for one in part]
         return np.concatenate([p for p, _ in found]), [one for _, rejected in found for one in rejected]
 
-# %% ../../nbs/05_serve/20_ray_batch.ipynb #90b932b1
-def _join_cluster() -> int:  # processors of the cluster
-    "Join the cluster of `RAY_ADDRESS`, or start one on this machine."
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
+# %% ../../nbs/05_serve/20_ray_batch.ipynb #1b6ce9d0
 _SHARE = 4 * PART_ROWS  # rows; what Ray spends on each share is little beside them
 
 
@@ -90,6 +81,15 @@ def _shares(rows: ParquetRows, start: int, processors: int) -> list[dict[str, in
             found.append(first)
     ends = [*found[1:], rows.rows]
     return [{"start": a, "stop": b} for a, b in zip(found, ends, strict=True) if a < b]
+
+# %% ../../nbs/05_serve/20_ray_batch.ipynb #90b932b1
+def _join_cluster() -> int:  # processors of the cluster
+    "Join the cluster of `RAY_ADDRESS`, or start one on this machine."
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def scores(
