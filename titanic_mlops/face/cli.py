@@ -358,12 +358,15 @@ def _sweep(configs: list[Any], own: list[Settings], again: set[str]) -> None:
         raise failed[0]
 
 # %% ../../nbs/07_face/01_cli.ipynb #cf8c6451
+_GROUPS = ("model", "profile")  # of the configuration: what is chosen has a name
+
+
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     "The values of a configuration by their dotted names; a group goes by the name of its choice as well."
     if not isinstance(value, dict):
         yield name, value
         return
-    if name in ("model", "profile"):
+    if name in _GROUPS:
         yield name, value.get("name") or ",".join(value["candidates"])
     for key, inner in value.items():
         yield from _leaves(inner, f"{name}.{key}".lstrip("."))
@@ -375,7 +378,7 @@ def _differences(configs: list[Any]) -> dict[str, list[Any]]:  # dotted name -> 
     names = list(dict.fromkeys(name for one in each for name in one))
     found = {name: [one.get(name) for one in each] for name in names}
     found = {name: values for name, values in found.items() if any(value != values[0] for value in values)}
-    chosen = tuple(f"{group}." for group in ("model", "profile") if group in found)
+    chosen = tuple(f"{group}." for group in _GROUPS if group in found)
     return {name: values for name, values in found.items() if not name.startswith(chosen)}
 
 
