@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -425,6 +426,29 @@ def test_outputs_that_do_not_arrive_are_not_a_cell_that_runs_too_long(monkeypatc
         client.execute = lambda env, error=error: (_ for _ in ()).throw(error)
         with pytest.raises(StepError, match=said):
             execution._execute(manager, client, {}, None, execution.Stop())
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["usual", "a-temporary-folder-with-a-long-path"])
+def test_a_steps_kernel_is_reached_through_sockets_of_its_own(tmp_path: Path, monkeypatch, long: bool):
+    import logging
+
+    import nbformat
+
+    quieted = [(one, one.level) for one in map(logging.getLogger, ("papermill", "traitlets"))]
+    asked = "from ipykernel.connect import get_connection_info\nget_connection_info(unpack=True)['transport']"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(asked)])
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    with tempfile.TemporaryDirectory() as usual:  # pytest's own is rather long
+        temporary = Path(usual, "x" * 100 if long else "x")
+        temporary.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
+        execution.run_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {}, Settings(), {})
+        left = list(temporary.glob("titanic-kernel-*"))
+    [cell] = [cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if cell.source == asked]
+    assert cell.outputs[0].data["text/plain"] == repr("tcp" if long else "ipc")
+    assert not left
+    for log, level in quieted:  # for the tests after this one
+        log.setLevel(level)
 
 
 def test_a_prefect_server_that_goes_away_does_not_take_the_run_along(validated: Checkout):

@@ -753,6 +753,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'titanic_mlops/flow/execution.py'),
                                               'titanic_mlops.flow.execution._printed': ( '04_flow/execution.html#_printed',
                                                                                          'titanic_mlops/flow/execution.py'),
+                                              'titanic_mlops.flow.execution._private_sockets': ( '04_flow/execution.html#_private_sockets',
+                                                                                                 'titanic_mlops/flow/execution.py'),
                                               'titanic_mlops.flow.execution._require_same_key': ( '04_flow/execution.html#_require_same_key',
                                                                                                   'titanic_mlops/flow/execution.py'),
                                               'titanic_mlops.flow.execution.alone': ( '04_flow/execution.html#alone',

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -152,6 +153,17 @@ def _execute(
             do = f"see what else keeps this machine busy; {_AGAIN}"
         raise _broken_off(nb_man.nb, at, what, do) from error
 
+# %% ../../nbs/04_flow/05_execution.ipynb #5f1c7a90
+@contextmanager
+def _private_sockets() -> Iterator[Any]:
+    "Configuration of a kernel that only this user reaches, through Unix sockets. They are gone afterwards."
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory(prefix="titanic-kernel-", ignore_cleanup_errors=True) as folder:
+        path = f"{folder}/at"
+        short = len(os.fsencode(path)) <= 105  # with its number, `-5`, it may have 107 bytes
+        yield Config({"KernelManager": {"transport": "ipc", "ip": path} if short else {}})
+
 # %% ../../nbs/04_flow/05_execution.ipynb #bf5868b0
 def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Stop) -> type:
     from nbclient.exceptions import DeadKernelError
@@ -174,15 +186,17 @@ def _engine(on_cell: CellEvent | None, environment: Mapping[str, str], stop: Sto
         def execute_managed_notebook(
             cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kwargs
         ):
-            client = StepClient(
-                nb_man,
-                timeout=execution_timeout,
-                startup_timeout=start_timeout,
-                iopub_timeout=60,  # a machine may stand still for longer than the 4 s that are usual
-                kernel_name=kernel_name,
-                extra_arguments=["--log-level=50"],  # neither its transport on loopback nor its end is news
-            )
-            _execute(nb_man, client, environment, on_cell, stop)
+            with _private_sockets() as config:
+                client = StepClient(
+                    nb_man,
+                    config=config,
+                    timeout=execution_timeout,
+                    startup_timeout=start_timeout,
+                    iopub_timeout=60,  # a machine may stand still for longer than the 4 s that are usual
+                    kernel_name=kernel_name,
+                    extra_arguments=["--log-level=50"],  # that it ends is no news
+                )
+                _execute(nb_man, client, environment, on_cell, stop)
 
     return StepEngine
 
