@@ -499,10 +499,10 @@ def test_whatever_a_registry_answers_the_model_stays_and_the_reason_is_told(
     tmp_path: Path, bundles: dict, mood: str
 ):
     registry = Registry(bundles["low"])
-    origin = RegistryOrigin(registry.url, "titanic", patience=0.4)
+    origin = RegistryOrigin(registry.url, "titanic")
     models = open_models({"champion": origin}, tmp_path, trusted=[], every=0.02)
     try:
-        registry.mood = mood
+        registry.mood, origin.rest.patience = mood, 0.4
         end = time.monotonic() + 20
         while not models.state()["degraded"]:
             assert time.monotonic() < end
@@ -511,6 +511,7 @@ def test_whatever_a_registry_answers_the_model_stays_and_the_reason_is_told(
         assert MOODS[mood] in state["degraded"][0] and state["ready"]
         assert models.champion.version == "low" and state["swaps"] == 1
         registry.model, registry.mood = bundles["high"], "well"
+        origin.rest.patience = 10  # a machine may stand still for a moment
         while models.champion.version != "high":
             assert time.monotonic() < end, models.state()
             time.sleep(0.01)
@@ -522,7 +523,7 @@ def test_whatever_a_registry_answers_the_model_stays_and_the_reason_is_told(
 
 def test_a_registry_that_is_away_is_asked_less_and_less(tmp_path: Path, bundles: dict[str, Path]):
     registry = Registry(bundles["low"])
-    origin = RegistryOrigin(registry.url, "titanic", patience=0.4)
+    origin = RegistryOrigin(registry.url, "titanic")
     models = Models()
     watch = Watch("champion", origin, tmp_path, lambda k, o, f: models.install(admit(f, o, k, [])), every=1)
     assert watch.step() == 1 and models.champion.version == "low"
@@ -554,7 +555,7 @@ def test_a_server_that_starts_while_the_registry_is_away_serves_what_served_last
     tmp_path: Path, bundles: dict[str, Path]
 ):
     registry, memory = Registry(bundles["low"]), tmp_path / "memory"
-    origin = RegistryOrigin(registry.url, "titanic", patience=0.4)
+    origin = RegistryOrigin(registry.url, "titanic")
     open_models({"champion": origin}, tmp_path / "first", trusted=[], memory=memory).close()
     registry.close()
     models = open_models({"champion": origin}, tmp_path / "second", trusted=[], memory=memory)
