@@ -386,7 +386,7 @@ def _column_expectations(column: Column, gxe: Any) -> list[Any]:
             )
         )
     if column.plain_text:
-        found.append(gxe.ExpectColumnValuesToNotMatchRegex(regex="\0", **of))
+        found.append(gxe.ExpectColumnValuesToNotMatchRegex(regex=r"\x00", **of))
     return found
 
 
