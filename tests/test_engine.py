@@ -569,6 +569,21 @@ def digests(own: Checkout) -> dict[str, dict[str, str]]:
     }
 
 
+def test_what_killed_runs_have_left_goes_with_the_next_run_unless_somebody_is_at_it(finished):
+    own: Checkout = finished[0]
+    steps = own.store / "steps"
+    left, old, busy = (steps / name for name in ("train.x/.a1.b_c", "promote/.a2.old.d", "train.x/.a3.e"))
+    for folder in (left, old, busy):
+        folder.joinpath("inside").mkdir(parents=True)
+    try:
+        with execution._lock(steps / "train.x" / "a3"):
+            done = own.titanic("run")
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert (left.exists(), old.exists(), busy.exists()) == (False, False, True)
+    finally:
+        shutil.rmtree(steps / "train.x")
+
+
 def test_runs_that_are_killed_at_random_come_to_the_same(tmp_path: Path):
     "ENGINE_KILLS=50 for the long version; what is killed is drawn as well as when."
     import mlflow

@@ -34,7 +34,7 @@ from titanic_mlops.flow.cache import (
     why_unknown,
 )
 from .configuration import RunConfig
-from .execution import Stop, alone, execute_on_record, import_ahead, kernel_name
+from .execution import Stop, alone, execute_on_record, import_ahead, kernel_name, sweep_up
 from .kernels import KERNEL_NAME, install_kernelspec, warm_up
 from titanic_mlops.flow.records import (
     Books,
@@ -432,6 +432,7 @@ def run_pipeline(
     jobs = plan(config)  # parameters are checked before anything starts
     check_address(config.source)
     preflight(settings)
+    sweep_up(settings.store)
     known = (settings.store / "steps").exists()  # in a new store nothing is
     outlook = foresee(jobs, settings, again) if known else []
     if known and all(o.fate == "recall" for o in outlook):
