@@ -234,11 +234,11 @@ def sabotage(stage: Stage) -> None:
         )
     back = lambda: next((e for e in _entries(stage) if e.number > forced.number and e.by == "watcher"), None)
     if entry := stage.until("rollback", back, 60):
-        stage.note("rollback", f"by {entry.by}, entry {entry.number} of the ledger: {entry.reason}")
-        began = stage.story.when("sabotage") or 0.0
-        if at := stage.until(
-            "restored", lambda: stage.first_answer(before, _last_of(stage, digest, began)), 30
-        ):
+        seen, began = time.time(), stage.story.when("sabotage") or 0.0
+        at = stage.until("restored", lambda: stage.first_answer(before, _last_of(stage, digest, began)), 30)
+        says = f"by {entry.by}, entry {entry.number} of the ledger: {entry.reason}"
+        stage.note("rollback", says, min(seen, at or seen))  # the server may see the entry before we do
+        if at:
             stage.note("restored", f"version {entry.to_version} answers again", at)
 
 
