@@ -62,6 +62,7 @@ def test_the_summary_says_what_a_person_wants(finished):
         "95 %",
         "report.html",
         "scored.csv",
+        "data_docs/index.html",
         "MLflow",
         "Prefect",
     ):

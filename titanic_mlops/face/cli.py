@@ -165,10 +165,12 @@ def _show_summary(summary: "Summary", own: Settings) -> None:
     pages = running(own)
     latest = own.store / "latest"
     quarantine = summary.results["validate"].outputs / "quarantine.csv"
+    docs = summary.results["document"].folder / "pages" / "data_docs" / "index.html"
     mlflow = pages["mlflow"].url if "mlflow" in pages else own.mlflow_uri or "titanic up"
     where = {  # printed line by line: a table would cut long paths
         "report": _place(latest / "report.html"),
         "scored": _place(latest / "scored.csv"),
+        "Data Docs": _place(docs) if docs.exists() else "",
         "quarantine": f"{_place(quarantine)} ({summary.quarantined} rows)" if summary.quarantined else "",
         "MLflow": f"{mlflow}  [dim]run {summary.run_id}[/]",
         "Prefect": pages["prefect"].url if "prefect" in pages else own.prefect_url or "titanic up",
