@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -478,3 +479,20 @@ def test_no_output_is_the_list_of_anothers_rejected_rows():
     with pytest.raises(ParameterError, match="the same output"):
         outputs_of(files, "in", "out", "csv")
     assert outputs_of(files[:1], "in", "out", "csv") == ["out/a.csv"]
+
+
+def test_a_file_that_no_run_has_made_is_not_replaced(ship: Checkout, bundle: Path):
+    folder = ship.folder / "mine"
+    folder.mkdir()
+    pq.write_table(pq.read_table(ship.folder / "list.parquet"), folder / "a.parquet")
+    shutil.copy(folder / "a.parquet", ship.folder / "a.pq")
+    before = (folder / "a.parquet").read_bytes()
+    done = score(ship, bundle, "a.pq", "mine/")
+    assert done.returncode == 2 and "not scored by this" in done.stderr
+    assert (folder / "a.parquet").read_bytes() == before
+    inside = score(ship, bundle, "mine", "mine/")
+    assert inside.returncode == 2 and "in the folder of the outputs" in inside.stderr
+    (folder / "a.parquet").unlink()
+    assert score(ship, bundle, "a.pq", "mine/").returncode == 0
+    assert score(ship, bundle, "a.pq", "mine/", "--force").returncode == 0  # its own may be replaced
+    assert score(ship, bundle, "a.pq", "-").returncode == 2 and not (ship.folder / "-").exists()

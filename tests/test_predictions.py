@@ -260,6 +260,18 @@ def test_a_disk_that_is_full_to_the_end_and_at_the_start(tmp_path: Path):
         assert len(kept) + lost == 1_100 and lost
 
 
+def test_nobody_waits_for_room_while_nothing_can_be_written(tmp_path: Path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        log = PredictionLog(disk / "log", queue=200, tidies=False, say=Heard())
+        filler = stuff(disk)
+        fill(log, 0, 150)
+        until(lambda: log.failing)
+        assert not log.crowded
+        filler.unlink()
+        assert log.flush()
+        log.close()
+
+
 def test_a_file_that_may_not_grow_is_followed_by_the_next(tmp_path: Path):
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n" + WORKER
     command = [sys.executable, "-c", code, str(tmp_path), "f", "1000", "0", "{}"]

@@ -240,6 +240,55 @@ def test_lengths_that_lie_and_senders_that_drip(up: Up):
     assert b" 200 " in slow.partition(b"\r\n")[0]
 
 
+def test_who_asks_for_another_protocol_is_answered_in_this_one(up: Up):
+    upgrade = (
+        b"connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+    )
+    head = b"POST /v1/predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n" + upgrade
+    plain = b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n"
+    length = b"content-length: %d\r\n\r\n" % len(GOOD)
+    chunks = b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD)
+    for pieces in ((head + length + GOOD, plain), (head + length, GOOD, plain), (head + chunks, plain)):
+        answer = up.raw(*pieces, pause=0.2)
+        assert answer.count(b"HTTP/1.1 200") == 2 and b'"probability"' in answer, answer
+    smuggled = head + b"content-length: %d\r\n\r\n" % len(plain) + plain
+    assert up.raw(smuggled, plain, pause=0.2).count(b"HTTP/1.1 200") == 1  # a body is no request
+    cut = head.index(b"pgrade: h2c")
+    for pieces in (
+        (head[:cut], head[cut:] + length, GOOD),
+        (b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n", plain),
+    ):
+        answer = up.raw(*pieces, pause=0.2)
+        assert answer.count(b"HTTP/1.1 ") == 1, answer  # answered once, and then the line is closed
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/ping", "/nowhere"])
+def test_a_head_is_a_get_without_its_body(up: Up, path: str):
+    head, get = up.client.head(path), up.client.get(path)
+    assert head.status_code == get.status_code and head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_what_is_no_http_is_a_problem_as_well(up: Up):
+    for raw in (b"HELO there\r\n\r\n", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n"):
+        head, _, body = up.raw(raw).partition(b"\r\n\r\n")
+        said, headers = json.loads(body), head.lower()
+        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"application/problem+json" in headers
+        assert said["instance"].removeprefix("urn:request:").encode() in headers and b"nosniff" in headers
+
+
+def test_lines_may_begin_with_a_byte_order_mark(up: Up):
+    answer = up.post(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD, "application/x-ndjson", "/v1/predict/batch")
+    assert answer.text.count('"probability"') == 2
+
+
+def test_who_sends_all_lines_before_it_reads_one_is_answered(up: Up):
+    rows = 100_000
+    head = b"POST /v1/predict/batch HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\n"
+    answer = up.raw(head + b"content-length: %d\r\n\r\n" % (rows * (len(GOOD) + 1)), (GOOD + b"\n") * rows)
+    assert answer.count(b'"probability"') == rows and b"HTTP/1.1 200" in answer[:20]
+
+
 def test_heads_that_drip_are_cut(up: Up):
     began = time.monotonic()
     assert up.raw(b"GET /healthz HTTP/1.1\r\nhost:") == b""  # the rest never comes

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -994,3 +995,22 @@ def test_a_server_follows_a_real_mlflow_server(tmp_path: Path, bundles: dict[str
 def test_registry_errors_name_what_to_do():
     with pytest.raises(RegistryError, match="is away"):
         RegistryOrigin("http://127.0.0.1:9", "titanic").look()
+
+
+def test_the_counts_of_all_workers_stand_on_one_page(tmp_path: Path, bundles: dict[str, Path]):
+    with titanic_serve(tmp_path / "store", "--bundle", str(bundles["low"]), "--workers", "2") as serving:
+        asked = {serving.ask()[0] for _ in range(40)}  # a connection each: both workers take some
+        with urllib.request.urlopen(f"http://127.0.0.1:{serving.port}/metrics", timeout=20) as answer:
+            page = answer.read().decode()
+        lines = [line for line in page.splitlines() if line.startswith("titanic_requests_total{")]
+        mine = [float(line.split()[-1]) for line in lines if "/v1/predict" in line]
+        assert asked == {200} and sum(mine) == 40, lines
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_end_of_a_terminal_is_an_orderly_end(tmp_path: Path, bundles: dict[str, Path], workers: str):
+    with titanic_serve(tmp_path / "store", "--bundle", str(bundles["low"]), "--workers", workers) as serving:
+        assert serving.ask()[0] == 200
+        os.killpg(serving.process.pid, signal.SIGHUP)
+        assert serving.process.wait(30) == 0, serving.said
+    assert not list((tmp_path / "store" / "serving").glob("server-*"))

@@ -39,7 +39,11 @@ def duration(
 
 
 def _end(text: str) -> datetime | None:
-    return None if text == "never" else datetime.now(UTC) + duration(text)
+    if text == "never":
+        return None
+    if not (lasts := duration(text)):
+        raise ParameterError("a key would be over before it is used", where="--expires", do="365d, or never")
+    return datetime.now(UTC) + lasts
 
 # %% ../../nbs/07_face/07_keys.ipynb #6b020f38
 def _key_file():

@@ -138,6 +138,13 @@ def find_files(
     hidden = lambda one: any(part.startswith((".", "_")) for part in one[len(base) :].split("/") if part)
     made = lambda one: bool(without) and (one + "/").startswith(without.rstrip("/") + "/")
     kept = [File(name(one), fs, one) for one in sorted(found) if not hidden(one) and not made(one)]
+    if not kept and any(made(one) for one in found):
+        raise SourceError(
+            "the input lies in the folder of the outputs",
+            where=address,
+            rule="a folder of outputs is not scored again",
+            do="name another folder for the outputs",
+        )
     if not kept:
         raise SourceError(
             "no file to score is there",
@@ -1001,6 +1008,18 @@ def score_file(
             places.aside("rejected").unlink(missing_ok=True)
 
 # %% ../../nbs/05_serve/12_batch.ipynb #07352111
+def _require_ours(places: Places) -> None:
+    "Raise `ParameterError` if an output whose name was made up would replace a file that no run has made."
+    fs, path = places.target.fs, places.target.path
+    if fs.exists(path) and not fs.exists(places.record) and not places.aside("journal").exists():
+        raise ParameterError(
+            "a file is there already that was not scored by this",
+            where=places.target.address,
+            rule="in a folder, outputs replace outputs only",
+            do="name another folder, or the file itself if it may go",
+        )
+
+
 def _require_apart(source: File, places: Places) -> None:
     "Raise `ParameterError` if the input is a file that the run would write, or remove."
     if source.fs.protocol != places.target.fs.protocol:
@@ -1088,6 +1107,8 @@ def score(
     elsewhere: Elsewhere | None = None,  # who scores; None: this process
 ) -> list[Scored]:
     "Score all files of an address. Raises the first `TitanicError` after all others were tried."
+    if out == "-":
+        raise ParameterError("an output is a file or a folder, not the standard output", do="name a file")
     fs, path = file_system(out)
     is_folder = out.endswith("/") or ("file" in fs.protocol and Path(path).is_dir())
     files, base = find_files(address, path if is_folder and "://" not in address else "")
@@ -1104,6 +1125,8 @@ def score(
     for file, target in zip(files, targets, strict=True):
         try:
             places = places_of(target, settings)
+            if several:
+                _require_ours(places)
             hears = listener(file.address)
             done.append(
                 score_file(model, file, places, task, force=force, listener=hears, elsewhere=elsewhere)

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import time
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -392,8 +393,9 @@ async def lines(
     longest: int,  # bytes
 ) -> AsyncIterator[list[bytes]]:  # up to `PORTION` lines at a time
     "The lines of a body, as they come, without empty ones. Raises `Problem`."
-    rest = b""
+    rest, begun = b"", False
     async for piece in pieces:
+        piece, begun = piece if begun else piece.removeprefix(BOM_UTF8), begun or bool(piece)
         found = (rest + piece).split(b"\n")
         rest = found.pop()
         if len(rest) > longest or any(len(line) > longest for line in found):
@@ -457,7 +459,10 @@ async def answer_lines(run: Run, pieces: AsyncIterator[bytes]) -> AsyncIterator[
 
 # %% ../../nbs/05_serve/19_bulk.ipynb #29c6549f
 class LineStream(Response):
-    "Sends pieces as they are made. Starlette's own would listen for the client's going, and swallow the body that we still read."
+    """Sends pieces as they are made. Starlette's own would listen for the client's going, and swallow the body that we still read.
+
+    Answers wait for who sends all before it reads, as most clients do: if we waited for it instead, neither would go on.
+    """
 
     media_type = "application/x-ndjson"
 
@@ -468,8 +473,22 @@ class LineStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for piece in self._pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        ready: asyncio.Queue[bytes] = asyncio.Queue()  # bounded by the rows that a request may have
+
+        async def make() -> None:
+            try:
+                async for piece in self._pieces:
+                    ready.put_nowait(piece)
+            finally:
+                ready.put_nowait(b"")
+
+        making = asyncio.create_task(make())
+        try:
+            while piece := await ready.get():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await making
+        finally:
+            making.cancel()
         await send({"type": "http.response.body", "body": b""})
 
 # %% ../../nbs/05_serve/19_bulk.ipynb #9b08584c

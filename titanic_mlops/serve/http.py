@@ -671,6 +671,8 @@ def _bounded(front: Front, request: Request, receive: Receive) -> Body:
 async def pass_through(front: Front, request: Request, receive: Receive, send: Any) -> None:
     "Let the app behind answer."
     scope, answer = request.scope, _Answer(request, send)
+    if scope["method"] == "HEAD":  # a GET, of whose answer the server sends the headers
+        scope = {**scope, "method": "GET"}
     scope["request"] = request  # the routes find id and principal there
     try:
         front.admit(request)

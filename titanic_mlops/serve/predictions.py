@@ -291,8 +291,8 @@ class _Accepting:
 
     @property
     def crowded(self) -> bool:
-        "Whether half of the places in the queue are taken."
-        return 2 * (len(self._queue) + self._pipe.behind) > self._limit
+        "Whether half of the places in the queue are taken, and waiting helps."
+        return 2 * (len(self._queue) + self._pipe.behind) > self._limit and not self._pipe.failing
 
     def _full(self, kind: str) -> None:
         self._counts[DROPPED] = next(self._dropped)
