@@ -774,3 +774,26 @@ def test_the_data_gate_needs_no_pandera():
     check += "print(*{'pandera', 'great_expectations', 'hypothesis'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["columns"][0].update(low=float("nan")),
+        lambda said: next(c for c in said["columns"] if c["name"] == "age").update(low=200, high=110),
+        lambda said: next(c for c in said["columns"] if c["name"] == "sex").update(choices=[["male"]]),
+        lambda said: said.update(version="01.0.0"),
+        lambda said: said.update(version="\u0663.0.0"),
+    ],
+)
+def test_what_is_no_contract_is_refused_and_no_defect(tmp_path: Path, change):
+    from titanic_mlops.data.contract_versions import document, load
+
+    change(said := document())
+    file = tmp_path / "contract.json"
+    file.write_text(json.dumps(said))
+    with pytest.raises(ContractError, match="can't be read"):
+        load(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ContractError, match="can't be read"):
+        load(file)

@@ -9,7 +9,14 @@ from checkout import QUICK, Checkout
 
 from titanic_mlops.data.contract import columns
 from titanic_mlops.data.features import CATEGORICAL, NUMERIC, feature_frame
-from titanic_mlops.data.leaks import people, refuse_peeking, refuse_revealing, refuse_shared, traces
+from titanic_mlops.data.leaks import (
+    INTERACTIONS,
+    people,
+    refuse_peeking,
+    refuse_revealing,
+    refuse_shared,
+    traces,
+)
 from titanic_mlops.data.sources import EMBEDDED, canonical, read
 from titanic_mlops.ground.errors import LeakError
 from titanic_mlops.model.train import Candidate, fit_on, holdout_mask, ticket_folds
@@ -22,10 +29,10 @@ def passengers() -> pd.DataFrame:
     return canonical(read(EMBEDDED).frame)
 
 
-def revealing(table: pd.DataFrame, single: bool = True) -> list:
+def revealing(table: pd.DataFrame, combined: tuple = ()) -> list:
     "The canary on columns or features, with the outcome and the tickets of the passengers."
     own = canonical(read(EMBEDDED).frame)
-    return refuse_revealing(table, own.survived.to_numpy(int), own.ticket.to_numpy(str), single)
+    return refuse_revealing(table, own.survived.to_numpy(int), own.ticket.to_numpy(str), combined)
 
 
 # --- columns that know the outcome
@@ -66,11 +73,41 @@ def test_a_column_that_knows_the_outcome_is_refused_under_any_name(passengers, n
 def test_a_feature_that_knows_the_outcome_is_refused(passengers):
     X = feature_frame(passengers.assign(cabin="C" + passengers.boat))  # a deck for those who had a boat
     with pytest.raises(LeakError, match="deck reveals the outcome"):
-        revealing(X[[*SEEN, "deck"]], single=False)
+        revealing(X[[*SEEN, "deck"]], combined=INTERACTIONS)
+
+
+def test_a_title_that_was_given_to_the_dead_is_refused(passengers):
+    dead, random = np.flatnonzero(passengers.survived == 0), np.random.default_rng(0)
+    late = passengers.index.isin(random.choice(dead, len(dead) // 2, replace=False))
+    names = passengers.name.mask(late, passengers.name.str.replace(r", [^.]*\.", ", Late.", regex=True))
+    with pytest.raises(LeakError, match="title reveals the outcome"):
+        revealing(feature_frame(passengers.assign(name=names))[SEEN], combined=INTERACTIONS)
+
+
+@pytest.mark.parametrize(
+    "alphabet",
+    [
+        "абцдефгхийклмнопярстувшхыз",
+        "αβψδεφγηιξκλμνοπθρστυβωχψζ",
+        "あいうえおかきくけこさしすせそたちつてとなにぬねのは",
+    ],
+)
+def test_people_whose_names_are_in_another_alphabet_are_not_one_person(passengers, alphabet: str):
+    letters = str.maketrans("abcdefghijklmnopqrstuvwxyz", alphabet)
+    family = passengers.name.str.partition(",")
+    there = passengers.assign(name=family[0].str.lower().str.translate(letters) + family[1] + family[2])
+    assert len(set(people(there))) == len(passengers)
+
+
+def test_a_double_is_found_whatever_its_accents(passengers):
+    accents = str.maketrans("eoa", "éöä")
+    twice = passengers.head(40).assign(name=passengers.head(40).name.str.translate(accents), ticket="new")
+    both = pd.concat([passengers, twice], ignore_index=True)
+    assert (people(both)[len(passengers) :] == np.arange(40)).all()
 
 
 def test_declared_columns_may_know_it_and_honest_ones_pass_with_a_margin(passengers):
-    found = revealing(passengers) + revealing(feature_frame(passengers)[SEEN], single=False)
+    found = revealing(passengers) + revealing(feature_frame(passengers)[SEEN], combined=INTERACTIONS)
     declared = {c.name for c in columns() if c.role in ("outcome", "reveals_outcome")}
     assert not declared & {one.column for one in found}
     assert max(one.auc for one in found) < 0.85 and max(one.certain for one in found) < 0.90

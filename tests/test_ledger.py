@@ -872,3 +872,34 @@ def test_only_what_a_trusted_key_has_signed_is_loaded(tmp_path: Path, monkeypatc
     for name in ("model.onnx", "bundle.json", "lineage.json", "manifest.json"):
         with changed(tmp_path / "weak" / name), pytest.raises(BundleError):
             Bundle(tmp_path / "weak")
+
+
+def test_a_file_of_titanic_score_is_walked_from_and_scored_again(finished, tmp_path: Path):
+    from titanic_mlops.data.sources import EMBEDDED, read
+
+    own: Checkout = finished[0]
+    source, out = tmp_path / "list.csv", tmp_path / "out.csv"
+    read(EMBEDDED).frame.head(100).to_csv(source, index=False)
+    assert own.titanic("score", str(source), str(out)).returncode == 0
+    whole = own.titanic("verify", str(out))
+    assert whole.returncode == 0 and "scored again, comes to the same bytes" in whole.stdout, whole.stdout
+    kept = out.read_text()
+    out.write_text(kept.replace(",0.1", ",0.2", 1))
+    assert out.read_text() != kept
+    changed = own.titanic("verify", str(out))
+    assert changed.returncode == 1 and "comes to other rows" in changed.stdout, changed.stdout
+    out.write_text(kept)
+    source.write_text(source.read_text() + "\n")
+    assert "not scored again" in own.titanic("verify", str(out)).stdout
+
+
+def test_a_copy_of_a_bundle_that_was_damaged_is_fetched_again(finished):
+    from titanic_mlops.model.registry import Registry
+
+    own: Checkout = finished[0]
+    registry = Registry(settings(store=own.store))
+    version = registry.alias("champion")
+    copy = Path(registry.fetch(version).folder) / "model.onnx"
+    before = copy.read_bytes()
+    copy.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert registry.fetch(version).digest == version.digest and copy.read_bytes() == before

@@ -8,6 +8,7 @@ __all__ = ['FILE', 'FORMAT', 'Breaks', 'document', 'contract_json', 'contract_di
 
 # %% ../../nbs/02_data/09_contract_versions.ipynb #09d46606
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -96,6 +97,11 @@ def _require_facts(form: type, facts: Mapping[str, Any]) -> None:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))} is {first['input']!r}"
         raise ValueError(f"{facts['name']}: {what}; {first['msg'].lower()}") from None
+    low, high = facts.get("low"), facts.get("high")
+    if None not in (low, high) and low > high:
+        raise ValueError(f"{facts['name']}: low is {low}, above high, which is {high}")
+    if any(isinstance(choice, list | dict) for choice in facts.get("choices") or ()):
+        raise ValueError(f"{facts['name']}: a choice is a text or a number")
 
 
 def _require_document(said: Any) -> None:
@@ -115,11 +121,11 @@ def _require_document(said: Any) -> None:
             plain = {k: v for k, v in facts.items() if not (part == "row_rules" and k == "kind")}
             _require_facts(kinds[kind], plain)
 
-
+# %% ../../nbs/02_data/09_contract_versions.ipynb #c5713e80
 def version_of(contract: Mapping[str, Any]) -> tuple[int, int, int]:
     "The version as numbers. Raises `ValueError` if it is none."
     parts = str(contract["version"]).split(".")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch("0|[1-9][0-9]*", part) for part in parts):
         raise ValueError(f"{contract['version']!r} is no version such as 1.0.0")
     return tuple(int(part) for part in parts)  # type: ignore[return-value]
 
@@ -141,12 +147,12 @@ def load(
             )
         path = path / FILE
     try:
-        said = json.loads(path.read_bytes())
+        said = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         _require_document(said)
     except FileNotFoundError:
         do = "current, published, a contract.json, or the folder of a bundle"
         raise ContractError("no such contract", where=str(path), do=do) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ContractError(
             f"the contract can't be read: {error}",
             where=str(path),
@@ -154,6 +160,10 @@ def load(
             do="make one: titanic contract show json",
         ) from None
     return said
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _said_in(bundle: Path) -> str:

@@ -165,7 +165,7 @@ def require(self: Verdict, source: str = "") -> Verdict:
         )
     for result in (r for r in self.table if r.stops):
         raise ContractError(
-            f"the table breaks {result.name}: {result.rule.split('<=')[1 if '<=' in result.rule else 0].strip()} is {result.observed:g}",
+            f"the table breaks {result.name}: {result.rule}, and it is {result.observed:g}",
             where=source,
             rule=f"{result.rule} ({result.why})",
             do="check that the source is complete and not filtered",

@@ -99,7 +99,12 @@ def show(
         return
     from titanic_mlops.ground.store import write_atomic
 
-    write_atomic(output, text)
+    try:
+        write_atomic(output, text)
+    except OSError as error:
+        raise ParameterError(
+            f"it can't be written: {error.strerror}", where=str(output), do="--output FILE"
+        ) from None
     print(f"{target}: {output}")
 
 # %% ../../nbs/07_face/02_contract.ipynb #a33fe897

@@ -7,8 +7,9 @@ __all__ = ['bundle', 'history', 'rollback', 'promote', 'verify', 'keygen', 'sign
 
 # %% ../../nbs/07_face/04_registry.ipynb #3631fed4
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from .screen import console, escape, table
@@ -167,6 +168,12 @@ def _walk_answer(response: Path | None, request_id: str) -> "Chain":
     return verify_answer(settings(), find(prediction_folder(settings()), request_id), said)
 
 # %% ../../nbs/07_face/04_registry.ipynb #e80ae4cc
+def _again(bundle: Path, of: Mapping[str, Any], target: Path) -> Path | None:
+    from titanic_mlops.serve.batch import score_again
+
+    return score_again(bundle, of, target, settings())
+
+
 def verify(
     file: Annotated[
         Path | None,
@@ -192,7 +199,7 @@ def verify(
             rule="a file of scored rows, --response FILE, or --request-id ID",
             do="leave the others out",
         )
-    chain = _walk_answer(response, request_id) if response or request_id else walk(settings(), file)
+    chain = _walk_answer(response, request_id) if response or request_id else walk(settings(), file, _again)
     for link in chain.links:
         sign = "[green]✓[/]" if link.whole else "[red]✗[/]"
         console().print(

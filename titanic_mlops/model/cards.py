@@ -178,8 +178,8 @@ The rows that the run was made from, frozen as snapshot `{{ quality.snapshot }}`
 ## What they are
 
 {{ quality.read }} passengers, one row each; {{ quality.accepted }} keep the contract, {{ quality.set_aside }} were set aside with the reason.
-The embedded list was put together by Thomas Cason from the Encyclopedia Titanica and is public; crew are not on it.
-
+{% if quality.source == "embedded" %}The embedded list was put together by Thomas Cason from the Encyclopedia Titanica and is public; crew are not on it.
+{% endif %}
 ## Intended use
 
 For teaching and for trying out tools. Not for conclusions about people who live now. `boat` and `body` were written down *after* the outcome: they
@@ -190,7 +190,7 @@ reveal it, and the contract keeps them from every model.
 | column | meaning | rule | missing |
 |---|---|---|---|
 {% for c in columns -%}
-| `{{ c.name }}` | {{ c.meaning }} | {{ rule(c) }} | {{ "%.3f" | format(quality.missing.get(c.name, 0)) }} |
+| `{{ c.name }}` | {{ c.meaning }} | {{ rule(c) }} | {{ "%.3f" | format(quality.missing[c.name]) if c.name in quality.missing else "not in the source" }} |
 {% endfor %}
 ## What was checked of the table
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from ..data.contract import CONTRACT_VERSION, feature_columns
 from ..data.contract_versions import compatible
 from ..data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame
-from ..data.leaks import AUC_LIMIT, refuse_revealing, refuse_shared
+from ..data.leaks import AUC_LIMIT, INTERACTIONS, refuse_revealing, refuse_shared
 from ..ground.errors import ContractError, LeakError
 from .background import BACKGROUND
 from .bundle import Bundle, BundleInfo, run_graph
@@ -306,7 +306,7 @@ def leak_conditions(
         # What a feature throws away (a boat's number is no deck) a later feature may keep.
         refuse_revealing(passengers[[c for c in feature_columns() if c in passengers]], y, ticket)
         first, *_ = refuse_revealing(
-            feature_frame(passengers)[[*NUMERIC, *CATEGORICAL, *DOUBTFUL]], y, ticket, single=False
+            feature_frame(passengers)[[*NUMERIC, *CATEGORICAL, *DOUBTFUL]], y, ticket, INTERACTIONS
         )
         return f"{first.column} alone has ROC-AUC {first.auc:.3f}"
 
@@ -545,7 +545,7 @@ def stability_condition(
     changed = int((challenger != champion).sum())
     return Condition(
         name="steady",
-        observed=f"{changed} of {len(champion)} decisions change ({changed / len(champion):.1%})",
+        observed=f"{changed} of {len(champion)} decisions change",
         needed=f"at most {policy.changed:.0%}",
         passed=changed <= policy.changed * len(champion),
         why="each changed answer is a person who asks why",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from ..data.targets import mlflow_signature
-from ..ground.errors import ParameterError, RegistryError, StoreError, explain
+from ..ground.errors import BundleError, ParameterError, RegistryError, StoreError, explain
 from ..ground.settings import Settings
 from titanic_mlops.ground.store import (
     canonical_json,
@@ -310,17 +310,25 @@ def fetch(
     "The bundle of a version. Raises `RegistryError` if it is not the one that was registered."
     kept = version.digest or f"version-{version.number}"
     folder = folder or self.settings.store / "bundles" / kept
-    if not (folder / "manifest.json").is_file():
-        import mlflow
+    keys = self.settings.trusted if trusted is None else trusted
+    if (folder / "manifest.json").is_file():
+        with suppress(BundleError, RegistryError):  # a copy that was damaged is fetched again
+            return _require_registered(Bundle(folder, keys), version)
+    import mlflow
 
-        with tempfile.TemporaryDirectory() as temporary:
-            source = self.client.get_model_version_download_uri(self.model, str(version.number))
-            got = mlflow.artifacts.download_artifacts(
-                f"{source}/data/bundle", dst_path=temporary, tracking_uri=self.settings.tracking_uri
-            )
-            with folder_atomic(folder) as aside:
-                shutil.copytree(got, aside, dirs_exist_ok=True)
-    bundle = Bundle(folder, self.settings.trusted if trusted is None else trusted)
+    with tempfile.TemporaryDirectory() as temporary:
+        source = self.client.get_model_version_download_uri(self.model, str(version.number))
+        got = mlflow.artifacts.download_artifacts(
+            f"{source}/data/bundle", dst_path=temporary, tracking_uri=self.settings.tracking_uri
+        )
+        _require_registered(Bundle(got, keys), version)
+        with folder_atomic(folder, replace=True) as aside:
+            shutil.copytree(got, aside, dirs_exist_ok=True)
+    return _require_registered(Bundle(folder, keys), version)
+
+
+def _require_registered(bundle: Bundle, version: Version) -> Bundle:  # the same
+    "Raise `RegistryError` unless a bundle is the one that was registered as a version."
     if version.digest and bundle.digest != version.digest:
         raise RegistryError(
             f"version {version.number} holds another bundle than was registered",
@@ -329,16 +337,16 @@ def fetch(
             do="don't use it; find out who wrote to the artefact store",
         )
     anchor = version.tags.get(MANIFEST_TAG)
-    if anchor and digest(folder / "manifest.json") != anchor:
+    if anchor and digest(Path(bundle.folder) / "manifest.json") != anchor:
         raise RegistryError(
             f"what goes with the model of version {version.number} is not what was registered",
-            where=str(folder),
+            where=str(bundle.folder),
             rule="the SHA-256 of its manifest is a tag of the version",
             do="remove the folder if it is a copy, and find out who wrote there",
         )
     return bundle
 
-
+# %% ../../nbs/03_model/05_registry.ipynb #61f9ae0c
 @patch
 def require_files(self: Registry, version: Version) -> None:
     "Raise `RegistryError` unless all files of a version are those that were registered, the bundle's and MLflow's."

@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'BATCH_ROWS', 'PART_ROWS', 'OUTPUTS', 'Listener', 'Scores', 'Elsewhere', 'kind_of', 'File', 'file_system',
            'find_files', 'Rejected', 'Rows', 'ParquetRows', 'TextRows', 'CsvRows', 'JsonRows', 'open_rows',
            'score_batch', 'pa_mask', 'Journal', 'Task', 'ParquetOutput', 'CsvOutput', 'RejectedOutput', 'Scored',
-           'Places', 'places_of', 'parts_of', 'score_file', 'outputs_of', 'score', 'open_champion']
+           'Places', 'places_of', 'parts_of', 'score_file', 'outputs_of', 'score', 'score_again', 'open_champion']
 
 # %% ../../nbs/05_serve/12_batch.ipynb #0aac9d07
 import csv
@@ -22,7 +22,7 @@ import struct
 import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -1140,6 +1140,24 @@ def score(
     return done
 
 # %% ../../nbs/05_serve/12_batch.ipynb #28c1d4c4
+def score_again(
+    bundle: Path,  # its folder
+    of: Mapping[str, Any],  # what was to be done, as the record of an output says
+    target: Path,
+    settings: Settings,
+) -> Path | None:  # the target; None: the input is not what it was
+    "Make an output once more, to compare them."
+    try:
+        files, _ = find_files(of["source"])
+        if len(files) != 1 or json.loads(canonical_json(files[0].stamp())) != of["stamp"]:
+            return None
+    except (TitanicError, OSError):
+        return None
+    task = Task(of["version"], of["digest"], of["threshold"], tuple(of["keep"]))
+    score_file(open_model(bundle), files[0], places_of(str(target), settings), task)
+    return target
+
+
 def open_champion(
     settings: Settings,
     bundle: str = "",  # folder of a bundle; empty: the champion

@@ -200,7 +200,7 @@ def _without_upgrade(data: bytes) -> bytes:  # the same, but for a line of its h
     head = len(data) if end < 0 else end + 2
     return _UPGRADE.sub(b"", data[:head]) + data[head:]
 
-
+# %% ../../nbs/05_serve/10_server.ipynb #bccf38dc
 class Careful(HttpToolsProtocol):
     "uvicorn's protocol, with a bound on what waits in memory before a request is one, and no other protocol after it."
 
