@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_sources import free_port, process
 
 from titanic_mlops.data.features import CATEGORICAL, DOUBTFUL, NUMERIC, feature_frame, features, title
-from titanic_mlops.data.rowcheck import check_records, to_table
+from titanic_mlops.data.rowcheck import check_parquet, check_records, to_table
 from titanic_mlops.data.sources import EMBEDDED, LAYOUTS, canonical, read
 from titanic_mlops.data.strategies import anybody, passengers
 from titanic_mlops.model.bundle import BundleInfo, Lineage, open_graph, require_parity, to_onnx, write_bundle
@@ -496,3 +496,15 @@ def test_a_file_that_no_run_has_made_is_not_replaced(ship: Checkout, bundle: Pat
     assert score(ship, bundle, "a.pq", "mine/").returncode == 0
     assert score(ship, bundle, "a.pq", "mine/", "--force").returncode == 0  # its own may be replaced
     assert score(ship, bundle, "a.pq", "-").returncode == 2 and not (ship.folder / "-").exists()
+
+
+def test_decimals_are_numbers(ship: Checkout, bundle: Path):
+    table = pq.read_table(ship.folder / "list.parquet")
+    fares = pc.round(table["fare"].cast(pa.float64()), 2)
+    for name, cells in (("float", fares), ("decimal", fares.cast(pa.decimal128(9, 2)))):
+        place = table.schema.get_field_index("fare")
+        pq.write_table(table.set_column(place, "fare", cells), ship.folder / f"{name}.parquet")
+        assert score(ship, bundle, f"{name}.parquet", f"{name}.out.parquet").returncode == 0
+        assert check_parquet(ship.folder / f"{name}.parquet").passed
+    read = lambda name: pq.read_table(ship.folder / f"{name}.out.parquet")["probability"]
+    assert read("float").equals(read("decimal"))

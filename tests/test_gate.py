@@ -50,6 +50,7 @@ def test_policy_is_the_same_in_code_configuration_and_notebook():
     fields = parameters_model(notebook_of("promote")).model_fields
     assert {name: fields[name].default for name in default} == default
     job = next(job for job in plan(load(["gate.margin=0.01"])[0]) if job.step == "promote")
+    assert load(["gate.policy=2"])[0].gate.policy == "2"
     assert job.parameters["margin"] == 0.01
 
 
@@ -81,7 +82,15 @@ def test_promote_reads_every_parameter():
 
 
 @pytest.mark.parametrize(
-    "override", ["gate.inconclusive=perhaps", "gate.false_alarms=0", "gate.fairnes=0.1", "gate.beats=luck"]
+    "override",
+    [
+        "gate.inconclusive=perhaps",
+        "gate.false_alarms=0",
+        "gate.fairnes=0.1",
+        "gate.beats=luck",
+        "gate.slope_low=2",
+        "gate.margin=inf",
+    ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(override: str):
     with pytest.raises(ParameterError, match="gate"):

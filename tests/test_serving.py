@@ -277,6 +277,25 @@ def test_what_is_no_http_is_a_problem_as_well(up: Up):
         assert said["instance"].removeprefix("urn:request:").encode() in headers and b"nosniff" in headers
 
 
+def test_a_decimal_of_arrow_is_a_number(up: Up):
+    import pyarrow as pa
+
+    rows = pa.Table.from_pylist([json.loads(GOOD)])
+    answers = []
+    for kind in (pa.float64(), pa.decimal128(9, 4)):
+        fare = pa.array([json.loads(GOOD)["fare"]]).cast(kind)
+        table = rows.set_column(rows.schema.get_field_index("fare"), "fare", fare)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        answer = up.post(
+            sink.getvalue().to_pybytes(), "application/vnd.apache.arrow.stream", "/v1/predict/batch"
+        )
+        assert answer.status_code == 200, answer.text
+        answers.append(pa.ipc.open_stream(answer.content).read_all()["probability"].to_pylist())
+    assert answers[0] == answers[1]
+
+
 def test_lines_may_begin_with_a_byte_order_mark(up: Up):
     answer = up.post(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD, "application/x-ndjson", "/v1/predict/batch")
     assert answer.text.count('"probability"') == 2

@@ -25,13 +25,14 @@ _FETCHED = re.compile(
     r"""<link\b[^>]*\bhref="(?:https?:|[./]*static/)[^>]*>|<script\b[^>]*\bsrc="https?:[^>]*>\s*</script>"""
 )
 _IMAGE = re.compile(r"""<img\b[^>]*\bsrc="https?:[^>]*?\balt="([^"]*)"[^>]*>""")
+_BACKGROUND = re.compile(r"""url\(["']?https?:[^)]*\)""")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _FOLDER = Path(titanic_mlops.__file__).parent / "data"
 
 
 def _self_contained(page: str) -> str:
     "A page of Data Docs that needs nothing but itself."
-    page = _IMAGE.sub(r"\1", _FETCHED.sub("", page))
+    page = _BACKGROUND.sub("none", _IMAGE.sub(r"\1", _FETCHED.sub("", page)))
     style, script = ((_FOLDER / f"docs.{kind}").read_text() for kind in ("css", "js"))
     policy = f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
     page = page.replace("<head>", f"<head>\n{policy}", 1)

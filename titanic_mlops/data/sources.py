@@ -364,7 +364,7 @@ def _read_parquet(content: bytes, source: str) -> _Table:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(io.BytesIO(content))
+        table = pq.ParquetFile(io.BytesIO(content)).read()  # which takes a column that is there twice
         places = [n for n, name in enumerate(table.column_names) if name != "__index_level_0__"]
         table = table.select(places)
         arrays = [_plain(name, cells, source) for name, cells in zip(table.column_names, table, strict=True)]

@@ -10,7 +10,7 @@ __all__ = ['Effect', 'POLICY', 'Condition', 'Floors', 'floor_conditions', 'split
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from ..ground.errors import ContractError
 from ..ground.store import canonical_json, digest
@@ -180,10 +180,14 @@ def compare(
 Effect = Literal["promote", "keep", "smaller or newer"]
 
 
-class Policy(Floors, frozen=True):
+class Policy(Floors, frozen=True, allow_inf_nan=False):
     "What the gate demands, and what each verdict does."
 
-    policy: Annotated[str, Field(min_length=1, description="version of this policy")] = "1"
+    policy: Annotated[
+        str,
+        BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name),  # as Hydra reads `2`
+        Field(min_length=1, description="version of this policy"),
+    ] = "1"
     better: Annotated[Effect, Field(description="what a better challenger does")] = "promote"
     worse: Annotated[Effect, Field(description="what a worse one does")] = "keep"
     inconclusive: Annotated[Effect, Field(description="what one does that can't be told apart")] = (
@@ -196,7 +200,9 @@ class Policy(Floors, frozen=True):
         float, Field(ge=0, description="an inconclusive one surely loses less than this, nats")
     ] = 0.03
     smaller_by: Annotated[float, Field(ge=0, lt=1, description="share of bytes that counts as smaller")] = 0.1
-    slope_low: Annotated[float, Field(ge=0, description="least calibration slope: overconfident below")] = 0.8
+    slope_low: Annotated[
+        float, Field(ge=0, le=1, description="least calibration slope: overconfident below")
+    ] = 0.8
     slope_high: Annotated[float, Field(ge=1, description="greatest slope: underconfident above")] = 1.25
     too_good: Annotated[
         float, Field(gt=0, description="standard errors by which a hold-out may beat the folds")

@@ -40,6 +40,7 @@ from titanic_mlops.data.rowcheck import (
     require_columns,
     rule_texts,
     to_table,
+    without_decimals,
 )
 from ..data.sources import LAYOUTS, MISSING_MARKERS, match_layout
 from ..ground.errors import ParameterError, SourceError, StoreError, TitanicError
@@ -242,7 +243,8 @@ class ParquetRows:
                     BATCH_ROWS, row_groups=groups, columns=taken, use_threads=False
                 ):
                     skipped = min(max(start - first, 0), len(batch))
-                    named = batch.slice(skipped).rename_columns([self._names[n] for n in batch.schema.names])
+                    named = without_decimals(batch.slice(skipped))
+                    named = named.rename_columns([self._names[n] for n in batch.schema.names])
                     first += len(batch)
                     if len(named):
                         yield Rows(first - len(named), named, (), first / self.rows)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
 from ..data.contract import Column, columns, rule_text
+from ..data.rowcheck import without_decimals
 from ..data.targets import REQUEST_ROLES, request_model
 from ..ground.errors import nearest
 from .http import ARRAY_BYTES, Problem, State, field_error, shown, strict_json
@@ -320,6 +321,13 @@ def require_plain(body: bytes) -> None:
             do = "send it plain, or gzip the whole request (content-encoding)"
             raise Problem("malformed-body", f"a record batch is compressed; {do}")
 
+# %% ../../nbs/05_serve/19_bulk.ipynb #5d310f3d
+def _plain_kind(kind: Any) -> bool:
+    "Whether cells of an Arrow type are numbers, or none."
+    import pyarrow.types as t
+
+    return (t.is_primitive(kind) and not t.is_temporal(kind)) or t.is_null(kind) or t.is_decimal(kind)
+
 
 def require_plain_columns(batch: Any) -> None:  # a record batch
     "Raise `Problem` if a column is nested, or holds a text of absurd length."
@@ -335,7 +343,7 @@ def require_plain_columns(batch: Any) -> None:  # a record batch
                 raise Problem(
                     "too-large", f"a text of column {shown(field.name)!r} is over {LONGEST_TEXT} bytes"
                 )
-        elif not (pa.types.is_primitive(kind) or pa.types.is_null(kind)) or pa.types.is_temporal(kind):
+        elif not _plain_kind(kind):
             errors = [field_error(field.name, "a column of numbers or texts", f"of type {kind}")]
             raise Problem("broken-rule", "a column's type is not taken", errors)
 
@@ -357,6 +365,7 @@ def arrow_rows(body: bytes, limit: int) -> Iterator[dict[str, Any]]:
                     raise too_many(limit)
                 batch.validate(full=True)
                 require_plain_columns(batch)
+                batch = without_decimals(batch)
                 for start in range(0, len(batch), PORTION):
                     yield from map(_plain_numbers, batch.slice(start, PORTION).to_pylist())
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
