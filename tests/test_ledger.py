@@ -903,3 +903,24 @@ def test_a_copy_of_a_bundle_that_was_damaged_is_fetched_again(finished):
     before = copy.read_bytes()
     copy.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     assert registry.fetch(version).digest == version.digest and copy.read_bytes() == before
+
+
+def test_a_server_does_not_go_back_to_what_was_taken_back_for_all(tmp_path: Path):
+    from types import SimpleNamespace
+
+    from titanic_mlops.serve import models as serving
+
+    own = settings(store=tmp_path / "store", mlflow_uri="")
+    registry, first = registered(own, tmp_path / "first", C=100.0)
+    _, second = registered(own, tmp_path / "second", C=10.0)
+    registry.promote(first, None, "", "the first one", by="lightoller", override=True)
+    registry.promote(second, registry.alias("champion"), "", "a better one", by="lightoller", override=True)
+    before = lambda version: SimpleNamespace(
+        previous=SimpleNamespace(version=str(version.number), digest=version.digest)
+    )
+    serving._require_not_withdrawn(before(first), own)
+    registry.rollback(None, "worse at sea", "lightoller")
+    serving._require_not_withdrawn(before(first), own)
+    with pytest.raises(RegistryError, match="worse at sea"):
+        serving._require_not_withdrawn(before(second), own)
+    serving._require_not_withdrawn(before(second), None)  # a server of one folder knows no ledger

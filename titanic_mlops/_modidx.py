@@ -2965,6 +2965,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models._line': ( '05_serve/models.html#_line',
                                                                                   'titanic_mlops/serve/models.py'),
+                                            'titanic_mlops.serve.models._require_not_withdrawn': ( '05_serve/models.html#_require_not_withdrawn',
+                                                                                                   'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.admit': ( '05_serve/models.html#admit',
                                                                                   'titanic_mlops/serve/models.py'),
                                             'titanic_mlops.serve.models.lot': ('05_serve/models.html#lot', 'titanic_mlops/serve/models.py'),

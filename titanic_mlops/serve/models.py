@@ -731,8 +731,24 @@ def open_models(
     return models
 
 # %% ../../nbs/05_serve/06_models.ipynb #e42fa9ad
+def _require_not_withdrawn(models: Models, settings: Any) -> None:
+    "Raise `RegistryError` if the model before was taken back for all servers: who asks may not know that yet."
+    from titanic_mlops.model.ledger import withdrawn
+    from titanic_mlops.serve.origins import ledger_of
+
+    before, gone = models.previous, {}
+    with contextlib.suppress(TitanicError, OSError):  # a ledger that is away must not be in the way
+        ledger = ledger_of(settings) if settings is not None else None
+        gone = withdrawn(ledger.entries()) if ledger else {}
+    if before is not None and (entry := gone.get(before.digest)):
+        raise RegistryError(
+            f"version {before.version} was taken back already, by entry {entry.number} of the ledger: {entry.reason}",
+            do=f"if it shall serve again: titanic promote {before.version} --override --reason ...",
+        )
+
+
 def model_router(state: Any) -> Any:  # fastapi.APIRouter
-    "`POST /v1/model/rollback`, as a router; `state.models` are the models."
+    "`POST /v1/model/rollback`, as a router; `state.models` are the models, `state.settings` name the ledger."
     from fastapi import APIRouter
 
     from titanic_mlops.serve.http import Problem
@@ -743,6 +759,7 @@ def model_router(state: Any) -> Any:  # fastapi.APIRouter
     def rollback() -> dict[str, str]:
         "Let the model that served before this one answer again, in all workers."
         try:
+            _require_not_withdrawn(state.models, state.settings)
             return state.models.rollback().told()
         except RegistryError as error:
             raise Problem("conflict", f"{error.what}; {error.do}") from None
