@@ -260,7 +260,7 @@ def _fetched(version: "Version", registry: "Registry", scratch: Path) -> "Bundle
     "The bundle of a version in the store, and each of its files in MLflow, verified."
     registry.fetch(version, folder=scratch / "registered")
     registry.require_files(version)
-    return registry.fetch(version)
+    return registry.fetch(version, mend=False)
 
 
 def _registered_by(version: "Version", bundle: "Bundle", registry: "Registry", scratch: Path) -> Kept:

@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -306,13 +306,14 @@ def fetch(
     version: Version,
     trusted: Sequence[str] | None = None,  # public keys; None: the settings'
     folder: Path | None = None,  # where it is kept; None: in the store, under its digest
+    mend: bool = True,  # fetch a damaged copy again
 ) -> Bundle:  # verified
     "The bundle of a version. Raises `RegistryError` if it is not the one that was registered."
     kept = version.digest or f"version-{version.number}"
     folder = folder or self.settings.store / "bundles" / kept
     keys = self.settings.trusted if trusted is None else trusted
     if (folder / "manifest.json").is_file():
-        with suppress(BundleError, RegistryError):  # a copy that was damaged is fetched again
+        with suppress(BundleError, RegistryError) if mend else nullcontext():
             return _require_registered(Bundle(folder, keys), version)
     import mlflow
 
