@@ -493,8 +493,10 @@ def test_what_goes_with_a_model_can_not_be_changed_by_its_manifest(story, place:
     champion = registry.alias("champion")
     folder = one(own.store, place.format(digest=champion.digest, run=champion.run_id))
 
-    def refit(good: bytes) -> bytes:
-        said = json.loads(good)
+    good = (folder / name).read_bytes()
+
+    def refit(manifest: bytes) -> bytes:
+        said = json.loads(manifest)
         said["files"][name] = digest(folder / name)
         return json.dumps(said).encode()
 
@@ -505,7 +507,8 @@ def test_what_goes_with_a_model_can_not_be_changed_by_its_manifest(story, place:
         assert broken(ours) == ["bundle"]
         if place.startswith("bundles"):
             with pytest.raises(RegistryError, match="is not what was registered"):
-                registry.fetch(champion)
+                registry.fetch(champion, mend=False)
+            assert (Path(registry.fetch(champion).folder) / name).read_bytes() == good  # the registered one
 
 
 def test_the_ledger_vouches_for_what_goes_with_a_model(tmp_path: Path):
