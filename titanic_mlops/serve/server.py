@@ -32,9 +32,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import uvicorn
+from prometheus_client import values
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..ground.errors import BundleError, RegistryError, SettingsError, TitanicError
+from .http import PROBLEM_TYPE, SECURITY_HEADERS, Problem, request_id
 from .models import Follow, Lead, Models, Say, admit, open_models, say_nothing, watches_of
 from .origins import Offer, Origin
 from .predictions import say_to_stderr
@@ -233,8 +235,6 @@ class Careful(HttpToolsProtocol):
         self._deaf, self.cycle.keep_alive = True, False
 
     def _refuse(self, kind: str, detail: str) -> None:
-        from titanic_mlops.serve.http import PROBLEM_TYPE, SECURITY_HEADERS, Problem, request_id
-
         if (
             self.cycle is None or self.cycle.response_complete
         ):  # else the answer to another request is under way
@@ -878,10 +878,9 @@ def share_metrics(into: Path) -> None:
     folder = into / "metrics"
     folder.mkdir()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    if "prometheus_client" in sys.modules:  # it asks for that variable once, when it is imported
-        from prometheus_client import values
-
-        values.ValueClass = values.get_value_class()
+    values.ValueClass = (
+        values.get_value_class()
+    )  # chosen when the library was imported: without that variable
 
 
 def serve(
