@@ -1,5 +1,6 @@
 """A real server meets what the world sends: every address, hostile bodies, headers that lie, senders that drip."""
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -421,3 +422,35 @@ def test_requests_that_are_sent_ahead_are_answered_up_to_a_bound(up: Up):
 )
 def test_an_address_that_is_not_listed_is_not_there(up: Up, path: str):
     problem(up.client.get(path), 404, "not-found")
+
+
+async def _held_back(
+    pieces: int, size: int
+) -> tuple[int, int]:  # pieces made while nobody reads, and sent at last
+    from titanic_mlops.serve.bulk import LineStream
+
+    made, sent, reads = 0, 0, asyncio.Event()
+
+    async def answers():
+        nonlocal made
+        for _ in range(pieces):
+            made += 1
+            yield b"x" * size
+
+    async def send(message):
+        nonlocal sent
+        if message.get("body"):
+            await reads.wait()
+            sent += 1
+
+    answering = asyncio.create_task(LineStream(answers(), {})({}, None, send))
+    await asyncio.sleep(0.2)
+    waiting = made
+    reads.set()
+    await answering
+    return waiting, sent
+
+
+def test_answers_that_nobody_reads_wait_but_do_not_fill_the_memory():
+    assert asyncio.run(_held_back(100, 2**20)) == (18, 100)  # 16 MB wait, one is being sent, one was made
+    assert asyncio.run(_held_back(100, 100)) == (100, 100)  # nobody has to wait for who reads late

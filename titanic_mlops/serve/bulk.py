@@ -402,9 +402,10 @@ async def lines(
     longest: int,  # bytes
 ) -> AsyncIterator[list[bytes]]:  # up to `PORTION` lines at a time
     "The lines of a body, as they come, without empty ones. Raises `Problem`."
-    rest, begun = b"", False
+    rest, begins = b"", True
     async for piece in pieces:
-        piece, begun = piece if begun else piece.removeprefix(BOM_UTF8), begun or bool(piece)
+        if begins and piece:
+            piece, begins = piece.removeprefix(BOM_UTF8), False
         found = (rest + piece).split(b"\n")
         rest = found.pop()
         if len(rest) > longest or any(len(line) > longest for line in found):
@@ -471,7 +472,10 @@ class LineStream(Response):
     """Sends pieces as they are made. Starlette's own would listen for the client's going, and swallow the body that we still read.
 
     Answers wait for who sends all before it reads, as most clients do: if we waited for it instead, neither would go on.
+    But not without end: an answer that names each broken rule is hundreds of times as long as its line.
     """
+
+    HELD = 2**24  # bytes of answers that wait
 
     media_type = "application/x-ndjson"
 
@@ -482,11 +486,17 @@ class LineStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        ready: asyncio.Queue[bytes] = asyncio.Queue()  # bounded by the rows that a request may have
+        ready: asyncio.Queue[bytes] = asyncio.Queue()
+        held, sent = 0, asyncio.Event()
 
         async def make() -> None:
+            nonlocal held
             try:
                 async for piece in self._pieces:
+                    while held > self.HELD:
+                        sent.clear()
+                        await sent.wait()
+                    held += len(piece)
                     ready.put_nowait(piece)
             finally:
                 ready.put_nowait(b"")
@@ -495,6 +505,8 @@ class LineStream(Response):
         try:
             while piece := await ready.get():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
+                held -= len(piece)
+                sent.set()
             await making
         finally:
             making.cancel()
