@@ -246,6 +246,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'titanic_mlops/data/rowcheck.py'),
                                              'titanic_mlops.data.rowcheck._bad_texts': ( '02_data/rowcheck.html#_bad_texts',
                                                                                          'titanic_mlops/data/rowcheck.py'),
+                                             'titanic_mlops.data.rowcheck._begins': ( '02_data/rowcheck.html#_begins',
+                                                                                      'titanic_mlops/data/rowcheck.py'),
                                              'titanic_mlops.data.rowcheck._decoded': ( '02_data/rowcheck.html#_decoded',
                                                                                        'titanic_mlops/data/rowcheck.py'),
                                              'titanic_mlops.data.rowcheck._edges': ( '02_data/rowcheck.html#_edges',

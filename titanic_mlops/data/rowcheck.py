@@ -496,6 +496,12 @@ def _ahead(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
             yield batch
 
 
+def _begins(path: Path | str) -> bytes:
+    "The first four bytes of a file; of Parquet they are PAR1."
+    with open(path, "rb") as file:
+        return file.read(4)
+
+
 def check_parquet(
     path: Path | str,
     batch_rows: int = 262_144,  # rows in memory at a time, besides the keys of `Unique`
@@ -510,6 +516,9 @@ def check_parquet(
         with pq.ParquetFile(path, read_dictionary=repeating, **PIECEMEAL) as file:
             return check_batches(file.schema_arrow, _ahead(file.iter_batches(batch_rows)), str(path))
     except (pa.ArrowException, OSError) as error:
+        if Path(path).is_file() and _begins(path) != b"PAR1":
+            do = "titanic score checks CSV and NDJSON on its way"
+            raise SourceError("this is no Parquet file", where=str(path), do=do) from None
         raise SourceError(
             f"the Parquet file can't be read: {str(error).splitlines()[0]}",
             where=str(path),

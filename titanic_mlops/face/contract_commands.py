@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..ground.errors import ParameterError, SourceError, nearest
+from ..ground.errors import ParameterError, nearest
 
 contract_app = typer.Typer(
     no_args_is_help=True,
@@ -148,11 +148,6 @@ def check(
     "Check a Parquet file against the row rules, batch by batch."
     from titanic_mlops.data.rowcheck import check_parquet, rule_texts
 
-    if file.is_file():
-        with file.open("rb") as begins:
-            if begins.read(4) != b"PAR1":
-                do = "titanic score checks CSV and NDJSON on its way"
-                raise SourceError("this is no Parquet file", where=str(file), do=do)
     found, texts = check_parquet(file), rule_texts()
     for name, numbers in found.broken.items():
         more = "" if len(numbers) <= rows else f" and {len(numbers) - rows} more"
