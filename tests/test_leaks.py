@@ -29,10 +29,10 @@ def passengers() -> pd.DataFrame:
     return canonical(read(EMBEDDED).frame)
 
 
-def revealing(table: pd.DataFrame, combined: tuple = ()) -> list:
+def revealing(table: pd.DataFrame, interactions: tuple = ()) -> list:
     "The canary on columns or features, with the outcome and the tickets of the passengers."
     own = canonical(read(EMBEDDED).frame)
-    return refuse_revealing(table, own.survived.to_numpy(int), own.ticket.to_numpy(str), combined)
+    return refuse_revealing(table, own.survived.to_numpy(int), own.ticket.to_numpy(str), interactions)
 
 
 # --- columns that know the outcome
@@ -73,7 +73,7 @@ def test_a_column_that_knows_the_outcome_is_refused_under_any_name(passengers, n
 def test_a_feature_that_knows_the_outcome_is_refused(passengers):
     X = feature_frame(passengers.assign(cabin="C" + passengers.boat))  # a deck for those who had a boat
     with pytest.raises(LeakError, match="deck reveals the outcome"):
-        revealing(X[[*SEEN, "deck"]], combined=INTERACTIONS)
+        revealing(X[[*SEEN, "deck"]], interactions=INTERACTIONS)
 
 
 def test_a_title_that_was_given_to_the_dead_is_refused(passengers):
@@ -81,7 +81,7 @@ def test_a_title_that_was_given_to_the_dead_is_refused(passengers):
     late = passengers.index.isin(random.choice(dead, len(dead) // 2, replace=False))
     names = passengers.name.mask(late, passengers.name.str.replace(r", [^.]*\.", ", Late.", regex=True))
     with pytest.raises(LeakError, match="title reveals the outcome"):
-        revealing(feature_frame(passengers.assign(name=names))[SEEN], combined=INTERACTIONS)
+        revealing(feature_frame(passengers.assign(name=names))[SEEN], interactions=INTERACTIONS)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_double_is_found_whatever_its_accents(passengers):
 
 
 def test_declared_columns_may_know_it_and_honest_ones_pass_with_a_margin(passengers):
-    found = revealing(passengers) + revealing(feature_frame(passengers)[SEEN], combined=INTERACTIONS)
+    found = revealing(passengers) + revealing(feature_frame(passengers)[SEEN], interactions=INTERACTIONS)
     declared = {c.name for c in columns() if c.role in ("outcome", "reveals_outcome")}
     assert not declared & {one.column for one in found}
     assert max(one.auc for one in found) < 0.85 and max(one.certain for one in found) < 0.90

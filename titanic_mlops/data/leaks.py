@@ -124,7 +124,7 @@ def traces(
     table: "pd.DataFrame",  # raw columns or features, one row per passenger
     outcome: "np.ndarray",  # 0 or 1, shape (n,)
     ticket: "np.ndarray",  # shape (n,)
-    combined: Collection[str] = (),  # columns of which single values are not looked at
+    interactions: Collection[str] = (),  # columns made of several: their single values are not looked at
 ) -> list[Trace]:  # the most telling first
     "What each column alone knows of the outcome."
     import numpy as np
@@ -135,7 +135,7 @@ def traces(
     for name, values in table.items():
         auc = max(_auc_alone(codes, outcome, part) for codes in _readings(values))
         settled = ("nobody", 0, 0.0, 0.0)
-        for label, rows in _groups(values, name not in combined):
+        for label, rows in _groups(values, name not in interactions):
             count, lived = int(rows.sum()), int(outcome[rows].sum())
             if count >= MIN_GROUP and (certain := _certainty(lived, count)) > settled[3]:
                 settled = (label, count, max(lived, count - lived) / count, certain)
@@ -147,11 +147,11 @@ def refuse_revealing(
     table: "pd.DataFrame",  # raw columns or features, one row per passenger
     outcome: "np.ndarray",  # 0 or 1, shape (n,)
     ticket: "np.ndarray",  # shape (n,)
-    combined: Collection[str] = (),  # columns of which single values are not looked at
+    interactions: Collection[str] = (),  # columns made of several: their single values are not looked at
 ) -> list[Trace]:  # of all columns but those that the contract declares
     "Raise `LeakError` if a column reveals the outcome, under whatever name."
     declared = {c.name for c in columns() if c.role in ("outcome", "reveals_outcome")}
-    found = traces(table[[name for name in table if name not in declared]], outcome, ticket, combined)
+    found = traces(table[[name for name in table if name not in declared]], outcome, ticket, interactions)
     for one in found:
         if one.reveals:
             raise LeakError(
