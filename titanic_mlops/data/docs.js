@@ -1,21 +1,17 @@
 // What the scripts of Data Docs ask of jQuery, Bootstrap and bootstrap-table; loads nothing.
 function $(what) {
-  const found = typeof what === "string" ? [...document.querySelectorAll(what)] : [what];
-  return wrapped(found);
-}
-
-function wrapped(found) {
-  const shown = yes => () => (found.forEach(one => { one.hidden = !yes; one.style.display = yes ? "" : "none"; }), wrapped(found));
+  const found = typeof what === "string" ? [...document.querySelectorAll(what)] : [what].flat();
+  const show = yes => { for (const one of found) { one.hidden = !yes; one.style.display = yes ? "" : "none"; } };
   return {
-    each: look => (found.forEach((one, at) => look(at, one)), wrapped(found)),
-    parent: () => wrapped([...new Set(found.map(one => one.parentElement))]),
-    fadeIn: shown(true),
-    fadeOut: shown(false),
+    each: look => found.forEach((one, at) => look(at, one)),
+    parent: () => $([...new Set(found.map(one => one.parentElement))]),
+    fadeIn: () => show(true),
+    fadeOut: () => show(false),
     ready: act => document.addEventListener("DOMContentLoaded", act),
     bootstrapTable: said => found.forEach(table => typeof said === "string" ? table.clear() : fill(table, said)),
-    on: () => wrapped(found),  // rows are links already
-    popover: () => wrapped(found),
-    tooltip: () => wrapped(found),
+    on: () => {},  // rows are links already
+    popover: () => {},
+    tooltip: () => {},
   };
 }
 

@@ -55,6 +55,9 @@ def _write_pages(context: Any, folder: Path) -> None:
         found = store.get(key)
         for one in found.results:
             one.result = _escaped(one.result)
+            seen = one.result.get("partial_unexpected_list")
+            if seen and all(value is None for value in seen):  # twenty lines of null say nothing
+                one.result["partial_unexpected_list"] = one.result["partial_unexpected_counts"] = []
         store.set(key, found)
     context.build_data_docs(site_names=["docs"])
     for page in folder.rglob("*.html"):
@@ -87,7 +90,7 @@ def data_docs(
 ) -> dict[str, Any]:  # success, and how many expectations were met
     "Run the contract in Great Expectations and write its Data Docs."
     context = _site(folder)
-    import great_expectations as gx
+    import great_expectations as gx  # not before the analytics are off
 
     batch = (
         context.data_sources.add_pandas("passengers")
