@@ -1141,7 +1141,7 @@ def score(
         raise errors[0]
     return done
 
-# %% ../../nbs/05_serve/12_batch.ipynb #28c1d4c4
+# %% ../../nbs/05_serve/12_batch.ipynb #b17c5c02
 def score_again(
     bundle: Path,  # its folder
     of: Mapping[str, Any],  # what was to be done, as the record of an output says
@@ -1159,7 +1159,7 @@ def score_again(
     score_file(open_model(bundle), files[0], places_of(str(target), settings), task)
     return target
 
-
+# %% ../../nbs/05_serve/12_batch.ipynb #28c1d4c4
 def open_champion(
     settings: Settings,
     bundle: str = "",  # folder of a bundle; empty: the champion
