@@ -495,7 +495,7 @@ def _ahead(batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
             coming = reader.submit(next, batches, None)
             yield batch
 
-
+# %% ../../nbs/02_data/06_rowcheck.ipynb #7d9f21d6
 def _begins(path: Path | str) -> bytes:
     "The first four bytes of a file; of Parquet they are PAR1."
     with open(path, "rb") as file:
